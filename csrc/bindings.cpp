@@ -1,0 +1,110 @@
+// Python module _C: integers in, pointers out. No torch, no logic.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace py = pybind11;
+using namespace lomo;
+
+namespace {
+
+void raise_if(Status status, const char* name) {
+  if (status) throw std::runtime_error(std::string(name) + ": " + status);
+}
+
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// A list of tensors comes as the address of rows of int64 with the layout of the struct.
+static_assert(sizeof(TensorRef) == 6 * sizeof(int64_t) && sizeof(GradRef) == 2 * sizeof(int64_t));
+
+// Binds one update function; `where` are the trailing arguments that say where to run.
+template <typename... Where>
+auto update(Status (*run)(const TensorRef*, int64_t, DType, DType, Rounding, const UpdateArgs&,
+                          Where...),
+            const char* name) {
+  return [=](uintptr_t rows, int64_t count, int param, int grad, int rounding, double lr,
+             double decay, double clip_value, uint32_t step, uint64_t seed, uintptr_t inv_scale,
+             uintptr_t clip_coef, uintptr_t found_inf, uintptr_t skip, Where... where) {
+    const UpdateArgs args{float(lr),
+                          float(decay),
+                          float(clip_value),
+                          step,
+                          seed,
+                          pointer<const float>(inv_scale),
+                          pointer<const float>(clip_coef),
+                          pointer<float>(found_inf),
+                          pointer<const float>(skip)};
+    const py::gil_scoped_release nogil;
+    raise_if(run(pointer<const TensorRef>(rows), count, DType(param), DType(grad),
+                 Rounding(rounding), args, where...),
+             name);
+  };
+}
+
+template <typename... Where>
+auto sumsq(Status (*run)(const GradRef*, int64_t, DType, const SumsqArgs&, Where...),
+           const char* name) {
+  return [=](uintptr_t rows, int64_t count, int grad, uintptr_t inv_scale, uintptr_t found_inf,
+             uintptr_t out, uintptr_t partials, Where... where) {
+    const SumsqArgs args{pointer<const float>(inv_scale), pointer<float>(found_inf),
+                         pointer<float>(out), pointer<float>(partials)};
+    const py::gil_scoped_release nogil;
+    raise_if(run(pointer<const GradRef>(rows), count, DType(grad), args, where...), name);
+  };
+}
+
+#ifdef LOMO_WITH_CUDA
+// A stream is an address; pybind11 has no caster from int to void*.
+Status cuda_update(const TensorRef* t, int64_t count, DType param, DType grad, Rounding rounding,
+                   const UpdateArgs& args, int device, uintptr_t stream) {
+  return cuda::lomo_update(t, count, param, grad, rounding, args, device, pointer<void>(stream));
+}
+
+Status cuda_sumsq(const GradRef* t, int64_t count, DType grad, const SumsqArgs& args, int device,
+                  uintptr_t stream) {
+  return cuda::grad_sumsq(t, count, grad, args, device, pointer<void>(stream));
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  py::dict dtypes, roundings;
+  dtypes["float32"] = int(DType::float32);
+  dtypes["bfloat16"] = int(DType::bfloat16);
+  dtypes["float16"] = int(DType::float16);
+  roundings["nearest"] = int(Rounding::nearest);
+  roundings["stochastic"] = int(Rounding::stochastic);
+  roundings["split"] = int(Rounding::split);
+  m.attr("dtypes") = dtypes;
+  m.attr("roundings") = roundings;
+  m.attr("norm_chunk") = kNormChunk;
+  m.attr("compiler") = LOMO_COMPILER;
+
+  m.def("cpu_update", update(&cpu::lomo_update, "lomo_update_ on the CPU"));
+  m.def("cpu_sumsq", sumsq(&cpu::grad_sumsq, "grad_sumsq_ on the CPU"));
+  m.def("cpu_instruction_set", &cpu::instruction_set);
+  m.def("cpu_use_instruction_set", &cpu::use_instruction_set);
+
+#ifdef LOMO_WITH_CUDA
+  m.attr("cuda_compiler") = LOMO_CUDA_COMPILER;
+  m.attr("cuda_architectures") = LOMO_CUDA_ARCHITECTURES;
+  m.def("cuda_update", update(&cuda_update, "lomo_update_ on CUDA"));
+  m.def("cuda_sumsq", sumsq(&cuda_sumsq, "grad_sumsq_ on CUDA"));
+  m.def("cuda_device_count", [] {
+    int count = 0;
+    raise_if(cuda::device_count(&count), "cuda_device_count");
+    return count;
+  });
+  m.def("cuda_unavailable", &cuda::unavailable);  // None: the kernels can run on that device
+#else
+  m.attr("cuda_compiler") = "";
+  m.attr("cuda_architectures") = "";
+#endif
+}

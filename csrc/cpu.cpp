@@ -1,0 +1,154 @@
+// CPU launchers: which instruction set, which threads, which piece of which tensor.
+#include <atomic>
+#include <cstring>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "cpu_loops.h"
+
+namespace lomo::cpu {
+namespace {
+
+struct InstructionSet {
+  const char* name;
+  const Loops* loops;
+};
+
+// Best first.
+std::vector<InstructionSet> available() {
+  std::vector<InstructionSet> sets;
+#ifdef LOMO_X86_DISPATCH
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    sets.push_back({"avx512", &loops_avx512});
+  if (__builtin_cpu_supports("avx2")) sets.push_back({"avx2", &loops_avx2});
+#endif
+  sets.push_back({"baseline", &loops_baseline});
+  return sets;
+}
+
+InstructionSet& chosen() {
+  static InstructionSet set = available().front();
+  return set;
+}
+
+// Threads are started per call instead of kept: a start costs about 20 us against the 100 us that a
+// thread's least share of work takes, nothing spins beside PyTorch's own threads between calls, and
+// a forked process finds no dead pool.
+constexpr int64_t kElementsPerThread = 1 << 18;
+constexpr int64_t kElementsPerItem = 1 << 16;
+
+template <typename F>
+void parallel_for(int64_t items, int64_t elements, int max_threads, const F& run) {
+  std::atomic<int64_t> next{0};
+  const auto work = [&] {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) run(i);
+  };
+  int64_t threads = elements / kElementsPerThread;
+  threads = threads < max_threads ? threads : max_threads;
+  std::vector<std::thread> helpers;
+  try {
+    for (int64_t i = 1; i < threads; ++i) helpers.emplace_back(work);
+  } catch (const std::system_error&) {
+    // The system has no more threads to give: those that started and this one do the work.
+  }
+  work();
+  for (auto& helper : helpers) helper.join();
+}
+
+// Cuts a list of tensors into items of at most `size` elements, an empty tensor into one.
+class Items {
+ public:
+  template <typename Ref>
+  Items(const Ref* tensors, int64_t count, int64_t size) : first_(count + 1), size_(size) {
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t n = tensors[k].numel;
+      first_[k + 1] = first_[k] + (n > size ? (n + size - 1) / size : 1);
+      elements_ += n;
+    }
+  }
+  int64_t total() const { return first_.back(); }
+  int64_t elements() const { return elements_; }
+  int64_t first(int64_t tensor) const { return first_[tensor]; }
+  int64_t tensor(int64_t item) const {
+    int64_t low = 0, high = int64_t(first_.size()) - 1;
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (first_[middle] <= item ? low : high) = middle;
+    }
+    return low;
+  }
+  int64_t begin(int64_t item, int64_t tensor) const { return (item - first_[tensor]) * size_; }
+
+ private:
+  std::vector<int64_t> first_;
+  int64_t size_, elements_ = 0;
+};
+
+}  // namespace
+
+const char* instruction_set() { return chosen().name; }
+
+bool use_instruction_set(const char* name) {
+  for (const InstructionSet& set : available()) {
+    if (std::strcmp(set.name, name) == 0) {
+      chosen() = set;
+      return true;
+    }
+  }
+  return false;
+}
+
+Status lomo_update(const TensorRef* tensors, int64_t count, DType param, DType grad,
+                   Rounding rounding, const UpdateArgs& args, int threads) {
+  if (args.skip && *args.skip != 0.0f) {
+    if (args.found_inf) *args.found_inf = 1.0f;
+    return nullptr;
+  }
+  const UpdateRule rule = rule_of(args);
+  const PhiloxKey key(args.seed);
+  const Loops& loops = *chosen().loops;
+  const Items items(tensors, count, kElementsPerItem);
+  std::atomic<bool> finite{true};
+  parallel_for(items.total(), items.elements(), threads, [&](int64_t item) {
+    const int64_t k = items.tensor(item);
+    const TensorRef& t = tensors[k];
+    const int64_t begin = items.begin(item, k), end = begin + kElementsPerItem;
+    if (!loops.update(param, grad, rounding, t, begin, end < t.numel ? end : t.numel, rule,
+                      args.step, key))
+      finite.store(false, std::memory_order_relaxed);
+  });
+  if (!finite && args.found_inf) *args.found_inf = 1.0f;
+  return nullptr;
+}
+
+Status grad_sumsq(const GradRef* grads, int64_t count, DType grad, const SumsqArgs& args,
+                  int threads) {
+  const float inv_scale = args.inv_scale ? *args.inv_scale : 1.0f;
+  const Loops& loops = *chosen().loops;
+  const Items items(grads, count, kNormChunk);
+  const int64_t width = grad == DType::float32 ? 4 : 2;
+  // With one chunk a gradient, the chunks' sums are the result.
+  float* partials = items.total() == count ? args.sumsq : args.partials;
+  std::atomic<bool> finite{true};
+  parallel_for(items.total(), items.elements(), threads, [&](int64_t item) {
+    const int64_t k = items.tensor(item), begin = items.begin(item, k);
+    const int64_t left = grads[k].numel - begin;
+    bool chunk_finite = true;
+    partials[item] =
+        loops.sumsq_chunk(grad, static_cast<const char*>(grads[k].grad) + begin * width,
+                          left < kNormChunk ? left : kNormChunk, inv_scale, &chunk_finite);
+    if (!chunk_finite) finite.store(false, std::memory_order_relaxed);
+  });
+  if (items.total() != count) {
+    for (int64_t k = 0; k < count; ++k)
+      args.sumsq[k] =
+          loops.sum_partials(partials + items.first(k), items.first(k + 1) - items.first(k));
+  }
+  if (!finite && args.found_inf) *args.found_inf = 1.0f;
+  return nullptr;
+}
+
+}  // namespace lomo::cpu

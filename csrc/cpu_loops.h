@@ -1,0 +1,25 @@
+// The vectorised loops of the CPU backend, one set of them per instruction set.
+#pragma once
+#include "kernels.h"
+#include "philox.h"
+#include "update.h"
+
+namespace lomo::cpu {
+
+struct Loops {
+  // Updates elements [begin, end) of a tensor; false when one of their gradients is not finite.
+  bool (*update)(DType param, DType grad, Rounding, const TensorRef&, int64_t begin, int64_t end,
+                 const UpdateRule&, uint32_t step, const PhiloxKey&);
+  // Sum of squares of one chunk of numel <= kNormChunk elements, in the declared order.
+  float (*sumsq_chunk)(DType grad, const void* chunk, int64_t numel, float inv_scale, bool* finite);
+  // Sum of a tensor's chunk sums, in the declared order.
+  float (*sum_partials)(const float* partials, int64_t numel);
+};
+
+extern const Loops loops_baseline;
+#ifdef LOMO_X86_DISPATCH
+extern const Loops loops_avx2;
+extern const Loops loops_avx512;
+#endif
+
+}  // namespace lomo::cpu

@@ -1,0 +1,75 @@
+// Entry points. They know raw pointers, sizes and a stream; no Python, no torch, no printing.
+#pragma once
+#include <cstdint>
+
+namespace lomo {
+
+enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+enum class Rounding : int { nearest = 0, stochastic = 1, split = 2 };
+
+using Status = const char*;  // nullptr: done; otherwise a static text that says what failed
+
+struct TensorRef {
+  void* param;
+  const void* grad;
+  void* low;  // int16, Rounding::split alone
+  int64_t numel;
+  int64_t offset;    // global index of the first element: sharded runs draw the same random bits
+  int64_t param_id;  // < 2^32
+};
+
+// The pointers are one-element float32 in the tensors' memory space; null means 1, 1, none, no.
+struct UpdateArgs {
+  float lr, decay, clip_value;  // decay = 1 - lr * weight_decay; clip_value = +inf: no value clip
+  uint32_t step;
+  uint64_t seed;
+  const float* inv_scale;
+  const float* clip_coef;
+  float* found_inf;   // set to 1 when a gradient is not finite, or when skip is set
+  const float* skip;  // not 0: no parameter is written
+};
+
+struct GradRef {
+  const void* grad;
+  int64_t numel;
+};
+
+// Note [Summation order]
+// The squared norm of a gradient has one declared order of additions, the same in every backend:
+//   chunk   kNormChunk consecutive elements, seen as kNormChunk / kNormLanes rows of kNormLanes;
+//   lane    adds the squares of its column, first row first, in fp32;
+//   tree    neighbouring lanes are added in pairs, then neighbouring sums, until one is left;
+//   tensor  the chunks' sums are seen as rows of kNormLanes and added the same way.
+// What is missing in the last row counts as +0, which changes no bit of a sum of squares.
+constexpr int kNormLanes = 2048;
+constexpr int kNormChunk = 8 * kNormLanes;
+
+// sumsq[k] = sum over gradient k of (grad * inv_scale)^2. `partials` holds one float per chunk (at
+// least one chunk a gradient); it may be null when every gradient fits in one.
+struct SumsqArgs {
+  const float* inv_scale;
+  float* found_inf;
+  float* sumsq;
+  float* partials;
+};
+
+namespace cpu {
+Status lomo_update(const TensorRef*, int64_t count, DType param, DType grad, Rounding,
+                   const UpdateArgs&, int threads);
+Status grad_sumsq(const GradRef*, int64_t count, DType grad, const SumsqArgs&, int threads);
+
+// The loops are compiled for several instruction sets; the best one this processor has is used.
+const char* instruction_set();
+bool use_instruction_set(const char* name);  // false: this processor or build has it not
+}  // namespace cpu
+
+namespace cuda {
+Status device_count(int* count);
+Status unavailable(int device);  // why the kernels cannot run there
+Status lomo_update(const TensorRef*, int64_t count, DType param, DType grad, Rounding,
+                   const UpdateArgs&, int device, void* stream);
+Status grad_sumsq(const GradRef*, int64_t count, DType grad, const SumsqArgs&, int device,
+                  void* stream);
+}  // namespace cuda
+
+}  // namespace lomo

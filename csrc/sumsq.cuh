@@ -1,0 +1,95 @@
+// The squared norm of gradients in one read, in the declared order (kernels.h, Note [Summation
+// order]): no atomics, the same bits whatever the grid.
+#pragma once
+#include "tables.cuh"
+#include "update.h"
+
+namespace lomo::cuda {
+
+constexpr int kLanesPerThread = kNormLanes / kThreads;
+static_assert(kLanesPerThread == 8 && kThreads == 256, "add_lanes() is written for these");
+
+// One block a chunk.
+__host__ __device__ inline int64_t blocks_of(const GradRef& t) {
+  return t.numel <= kNormChunk ? 1 : (t.numel + kNormChunk - 1) / kNormChunk;
+}
+
+// Adds neighbours in pairs over all lanes of the block. Thread 0 has the sum. Adding across a warp
+// with xor gives both partners left + right or right + left: the same bits.
+__device__ __forceinline__ float add_lanes(const float (&lane)[kLanesPerThread]) {
+  float sum =
+      ((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7]));
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2)
+    sum = sum + __shfl_xor_sync(0xffffffffu, sum, distance);
+  __shared__ float warp[kThreads / 32];
+  if (threadIdx.x % 32 == 0) warp[threadIdx.x / 32] = sum;
+  __syncthreads();
+  return ((warp[0] + warp[1]) + (warp[2] + warp[3])) + ((warp[4] + warp[5]) + (warp[6] + warp[7]));
+}
+
+template <typename G, int kCapacity>
+__global__ void __launch_bounds__(kThreads)
+    sumsq_chunk_kernel(const __grid_constant__ Table<GradRef, kCapacity> table,
+                       const float* inv_scale_pointer, float* found_inf, float* partials) {
+  using Bits = typename G::Bits;
+  static_assert(sizeof(Table<GradRef, kCapacity>) < 32000);
+  constexpr int kRows = kNormChunk / kNormLanes;
+  const int k = table.find(blockIdx.x);
+  const GradRef& t = table.item[k];
+  const int64_t begin = int64_t(blockIdx.x - table.first_block[k]) * kNormChunk;
+  const int64_t left = t.numel - begin;
+  auto* g = static_cast<const Bits*>(t.grad) + begin + threadIdx.x * kLanesPerThread;
+
+  Vector<sizeof(Bits), kLanesPerThread> rows[kRows];
+  if (left >= kNormChunk && rows[0].aligned(g)) {
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) rows[row].load(g + row * kNormLanes);
+  } else {
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+#pragma unroll
+      for (int i = 0; i < kLanesPerThread; ++i) {
+        const int at = row * kNormLanes + int(threadIdx.x) * kLanesPerThread + i;
+        rows[row].set(i, at < left ? g[row * kNormLanes + i] : 0);
+      }
+    }
+  }
+  const float inv_scale = inv_scale_pointer ? *inv_scale_pointer : 1.0f;
+  float lane[kLanesPerThread] = {};
+  bool finite = true;
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+#pragma unroll
+    for (int i = 0; i < kLanesPerThread; ++i) {
+      const float stored = G::load(rows[row][i]);
+      const float x = stored * inv_scale;
+      finite &= is_finite(stored);
+      lane[i] = lane[i] + x * x;
+    }
+  }
+  const float sum = add_lanes(lane);
+  if (threadIdx.x == 0) partials[blockIdx.x] = sum;
+  if (!finite && found_inf) *found_inf = 1.0f;
+}
+
+// One block a tensor: adds its chunks' sums.
+template <int kCapacity>
+__global__ void __launch_bounds__(kThreads)
+    sum_partials_kernel(const __grid_constant__ Table<GradRef, kCapacity> table,
+                        const float* partials, float* sumsq) {
+  const int64_t first = table.first_block[blockIdx.x];
+  const int64_t chunks = blocks_of(table.item[blockIdx.x]);
+  float lane[kLanesPerThread] = {};
+  for (int64_t row = 0; row < chunks; row += kNormLanes) {
+#pragma unroll
+    for (int i = 0; i < kLanesPerThread; ++i) {
+      const int64_t at = row + threadIdx.x * kLanesPerThread + i;
+      lane[i] = lane[i] + (at < chunks ? partials[first + at] : 0.0f);
+    }
+  }
+  const float sum = add_lanes(lane);
+  if (threadIdx.x == 0) sumsq[blockIdx.x] = sum;
+}
+
+}  // namespace lomo::cuda

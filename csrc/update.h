@@ -1,0 +1,74 @@
+// The maths of one element (README, "The maths"), for host and device alike.
+#pragma once
+#include "float16.h"
+#include "kernels.h"
+
+namespace lomo {
+
+// min and max of which a NaN comes out when x is one; std::min and fmin would lose it.
+LOMO_HD float smaller(float x, float limit) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(limit));
+  return y;
+#else
+  return x > limit ? limit : x;
+#endif
+}
+
+LOMO_HD float greater(float x, float limit) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(limit));
+  return y;
+#else
+  return x < limit ? limit : x;
+#endif
+}
+
+// p <- p * decay - lr * (clamp(g * inv_scale) * clip_coef). Every operation rounds once: the build
+// forbids contraction into fused multiply-adds, so that all backends agree in every bit.
+struct UpdateRule {
+  float lr, decay, inv_scale, clip_value, clip_coef;
+
+  LOMO_HD float operator()(float p, float g) const {
+    g = greater(smaller(g * inv_scale, clip_value), -clip_value);
+    g = g * clip_coef;
+    return p * decay - lr * g;
+  }
+};
+
+LOMO_HD UpdateRule rule_of(const UpdateArgs& args) {
+  return {args.lr, args.decay, args.inv_scale ? *args.inv_scale : 1.0f, args.clip_value,
+          args.clip_coef ? *args.clip_coef : 1.0f};
+}
+
+// The next bits of one stored element whose gradient is finite. `random` is read by
+// Rounding::stochastic alone, `low` by Rounding::split alone.
+template <typename P, typename G, Rounding R>
+LOMO_HD typename P::Bits update_finite(uint32_t p, uint32_t g, int16_t& low, uint32_t random,
+                                       const UpdateRule& rule) {
+  if constexpr (R == Rounding::split) {
+    const float master = rule(merge(p, low), G::load(g));
+    low = split_low(master);
+    return split_high(master);
+  } else {
+    const float next = rule(P::load(p), G::load(g));
+    return R == Rounding::stochastic ? P::stochastic(next, random) : P::nearest(next);
+  }
+}
+
+// Updates one stored element and says whether its gradient was finite; if not, the element keeps
+// its bits.
+template <typename P, typename G, Rounding R>
+LOMO_HD bool update_element(typename P::Bits& p, typename G::Bits g, int16_t& low, uint32_t random,
+                            const UpdateRule& rule) {
+  int16_t next_low = low;
+  const typename P::Bits next = update_finite<P, G, R>(p, g, next_low, random, rule);
+  const bool finite = is_finite(G::load(g));
+  p = finite ? next : p;
+  if constexpr (R == Rounding::split) low = finite ? next_low : low;
+  return finite;
+}
+
+}  // namespace lomo

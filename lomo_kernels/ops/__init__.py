@@ -1,0 +1,355 @@
+"""Operations on one tensor, or on a list of tensors, at a time.
+
+`lomo_update_` and `grad_sumsq_` are the contract that every backend keeps: this module checks the
+arguments, chooses the backend and tells autograd what was written. Backends, in order of
+preference: `native` (C++ and CUDA), `triton`, `reference` (plain PyTorch).
+"""
+
+import ctypes
+import functools
+import importlib
+import math
+from collections import defaultdict
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+__all__ = [
+    "BACKENDS",
+    "DTYPES",
+    "ROUNDINGS",
+    "grad_sumsq_",
+    "lomo_update_",
+    "pick_backend",
+    "unavailable",
+]
+
+BACKENDS = ("native", "triton", "reference")
+ROUNDINGS = ("nearest", "stochastic", "split")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def unavailable(name, device):
+    """Why the backend `name` cannot run on `device`; None: it can."""
+    try:
+        backend = importlib.import_module(f"{__name__}.{name}")
+    except ImportError as error:
+        return str(error)
+    return backend.unavailable(torch.device(device))
+
+
+@functools.lru_cache
+def pick_backend(device, name="auto"):
+    """The module that runs the operations on `device`.
+
+    Args:
+        device: a torch.device.
+        name: one of `BACKENDS`, which then runs or raises; "auto" takes the first that can.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: the named backend cannot run there; the message says why.
+    """
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got {name!r}")
+    reasons = {}
+    for candidate in BACKENDS if name == "auto" else (name,):
+        reason = unavailable(candidate, device)
+        if reason is None:
+            return importlib.import_module(f"{__name__}.{candidate}")
+        reasons[candidate] = reason
+    raise RuntimeError(f"backend {name!r} cannot run on {device}: {reasons}")
+
+
+def lomo_update_(
+    param,
+    grad,
+    *,
+    lr,
+    weight_decay=0.0,
+    inv_scale=None,
+    clip_value=None,
+    clip_coef=None,
+    found_inf=None,
+    skip=None,
+    rounding="nearest",
+    low=None,
+    seed=0,
+    step=0,
+    param_id=None,
+    offset=None,
+    backend="auto",
+):
+    """The fused update of LOMO (arXiv 2306.09782, section 3): one read of grad, one of param.
+
+    For each element, every operation rounded once to fp32::
+
+        g     = clamp(grad * inv_scale, -clip_value, clip_value) * clip_coef
+        param = round(param * decay - lr * g),   decay = 1 - lr * weight_decay
+
+    An element whose grad is not finite keeps its bits and sets `found_inf`. All backends agree in
+    every bit (a NaN compares as a NaN).
+
+    Args:
+        param: a dense tensor in fp32, bf16 or fp16, written in place; or a sequence of tensors,
+            updated with as few kernel launches as their dtypes allow (one, for many small ones).
+        grad: same shape and device; the same dtype, or one of the two is fp32. A grad whose memory
+            layout differs from param's is copied into it first. A sequence where param is one.
+        lr, weight_decay: Python numbers >= 0, in units of the unscaled gradient.
+        inv_scale: 1 / grad_scale. This and the following scalars are one-element float32 tensors
+            on param's device, so that deciding them never stops the host. None: 1.
+        clip_value: a Python number > 0. None: no clipping by value.
+        clip_coef: from clipping by norm. None: 1.
+        found_inf: set to 1 when an element of grad is not finite or `skip` is set, else left alone.
+        skip: not 0: nothing but found_inf is written. Must not be found_inf itself.
+        rounding: how param is stored. "nearest": ties to even. "stochastic": unbiased, from
+            Philox4x32-10 with key `seed` and counter (element index, `step`, `param_id`). "split":
+            bf16 alone; param and `low` together hold an fp32 master exactly, and param is the
+            master rounded to nearest. In fp32 all three are the same and `low` may be None.
+        low: int16 tensor like param for "split", zeros to begin with; a sequence where param is.
+        seed: 0 <= seed < 2**64. step: 0 <= step < 2**32.
+        param_id: 0 <= param_id < 2**32; the default is the place in the sequence.
+        offset: global index of param's first element, where param is a shard; default 0.
+        backend: "auto", "native", "triton" or "reference".
+
+    Raises:
+        TypeError, ValueError: which argument, what was wanted, what came; nothing was written.
+        RuntimeError: the backend cannot run on param's device, or its kernel failed.
+    """
+    if isinstance(param, torch.Tensor):
+        params, grads, lows = (param,), (grad,), (low,)
+        offsets = (0 if offset is None else offset,)
+        param_ids = (0 if param_id is None else param_id,)
+    else:
+        params = list(param)
+        grads = _as_list("grad", grad, len(params))
+        lows = _as_list("low", low, len(params), [None] * len(params))
+        offsets = _as_list("offset", offset, len(params), [0] * len(params))
+        param_ids = _as_list("param_id", param_id, len(params), range(len(params)))
+
+    _check_number("lr", lr, 0)
+    _check_number("weight_decay", weight_decay, 0)
+    _check_integer("seed", seed, 2**64)
+    _check_integer("step", step, 2**32)
+    if clip_value is None:
+        clip_value = math.inf
+    elif not (isinstance(clip_value, (float, int)) and clip_value > 0):
+        raise ValueError(f"clip_value must be a number greater than 0, got {clip_value!r}")
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding must be one of {ROUNDINGS}, got {rounding!r}")
+    if not params:
+        return
+    _check_tensor("param", params[0])
+    device = params[0].device
+    _check_scalar("inv_scale", inv_scale, device)
+    _check_scalar("clip_coef", clip_coef, device)
+    _check_scalar("found_inf", found_inf, device)
+    _check_scalar("skip", skip, device)
+    if skip is not None and found_inf is not None and skip.data_ptr() == found_inf.data_ptr():
+        raise ValueError("skip and found_inf must be two tensors, got the same one twice")
+
+    groups = {}
+    for p, g, low, offset, param_id in zip(params, grads, lows, offsets, param_ids):
+        _check_pair(p, g, device)
+        _check_integer("offset", offset, 2**63)
+        _check_integer("param_id", param_id, 2**32)
+        rule = rounding
+        if p.dtype is torch.float32:
+            rule = "nearest"
+        elif rule == "split":
+            _check_low(low, p)
+        if not (p.is_contiguous() and g.is_contiguous()):
+            g = _in_layout_of(p, g)
+        key = (p.dtype, g.dtype, rule)
+        groups.setdefault(key, []).append((p, g, low, offset, param_id))
+
+    run = pick_backend(device, backend).lomo_update_
+    for (_, _, rule), rows in groups.items():
+        run(
+            *zip(*rows),
+            lr=_float32(lr),
+            decay=_float32(1.0 - lr * weight_decay),
+            clip_value=_float32(clip_value),
+            step=step,
+            seed=seed,
+            rounding=rule,
+            inv_scale=inv_scale,
+            clip_coef=clip_coef,
+            found_inf=found_inf,
+            skip=skip,
+        )
+    # Kernels write through addresses, which autograd cannot see: without this a graph that saved
+    # param would use the new values and return wrong gradients in silence.
+    torch.autograd.graph.increment_version(params)
+
+
+def grad_sumsq_(sumsq, grad, *, inv_scale=None, found_inf=None, backend="auto"):
+    """Squared norm and overflow of a gradient in one read, the same bits on every backend and run.
+
+    `sumsq[k] = sum((grad[k] * inv_scale)**2)` in fp32, added in a fixed order that no grid, thread
+    or backend changes (csrc/kernels.h, Note [Summation order]). The sum of finite elements may
+    still overflow to infinity; `found_inf` looks at the elements themselves.
+
+    Args:
+        sumsq: contiguous float32 tensor of as many elements as there are gradients, overwritten.
+        grad: a dense tensor in fp32, bf16 or fp16, or a sequence of tensors.
+        inv_scale: 1 / grad_scale, a one-element float32 tensor on grad's device. None: 1.
+        found_inf: likewise; set to 1 when an element is not finite, else left alone.
+        backend: "auto", "native", "triton" or "reference".
+
+    Raises:
+        TypeError, ValueError: which argument, what was wanted, what came; nothing was written.
+        RuntimeError: the backend cannot run on grad's device, or its kernel failed.
+    """
+    grads = [grad] if isinstance(grad, torch.Tensor) else list(grad)
+    if not isinstance(sumsq, torch.Tensor):
+        raise TypeError(f"sumsq must be a tensor, got {type(sumsq).__name__}")
+    if sumsq.dtype is not torch.float32 or not sumsq.is_contiguous():
+        raise TypeError(
+            f"sumsq must be contiguous float32, got {sumsq.dtype} with strides {sumsq.stride()}"
+        )
+    if sumsq.numel() != len(grads):
+        raise ValueError(
+            f"sumsq must have one element per gradient ({len(grads)}), got {sumsq.numel()}"
+        )
+    _check_scalar("inv_scale", inv_scale, sumsq.device)
+    _check_scalar("found_inf", found_inf, sumsq.device)
+    groups = defaultdict(list)
+    for k, g in enumerate(grads):
+        _check_tensor("grad", g)
+        if g.device != sumsq.device:
+            raise ValueError(f"grad must be on sumsq's device {sumsq.device}, got {g.device}")
+        dense = g if _is_dense(g) else g.contiguous()
+        groups[g.dtype].append((k, dense))
+
+    run = pick_backend(sumsq.device, backend).grad_sumsq_
+    flat = sumsq.view(-1)
+    for rows in groups.values():
+        places, group = map(list, zip(*rows))
+        out = flat if len(rows) == len(grads) else flat.new_empty(len(rows))
+        run(out, group, inv_scale=inv_scale, found_inf=found_inf)
+        if out is not flat:
+            flat[places] = out
+    torch.autograd.graph.increment_version(sumsq)
+
+
+def _as_list(name, value, length, default=None):
+    if value is None and default is not None:
+        return default
+    if isinstance(value, torch.Tensor) or not hasattr(value, "__len__"):
+        raise TypeError(f"{name} must be a sequence where param is, got {type(value).__name__}")
+    if len(value) != length:
+        raise ValueError(f"{name} must have param's length {length}, got {len(value)}")
+    return value
+
+
+def _check_number(name, value, minimum):
+    if not isinstance(value, (float, int)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not minimum <= value < math.inf:
+        raise ValueError(f"{name} must be finite and at least {minimum}, got {value}")
+
+
+def _check_integer(name, value, end):
+    if not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if not 0 <= value < end:
+        raise ValueError(f"{name} must be in [0, {end}), got {value}")
+
+
+def _float32(value):
+    return ctypes.c_float(value).value
+
+
+def _check_scalar(name, value, device):
+    if value is None:
+        return
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(
+            f"{name} must be a one-element float32 tensor or None, got {type(value).__name__}"
+        )
+    if value.dtype is not torch.float32 or value.numel() != 1:
+        raise TypeError(
+            f"{name} must be a one-element float32 tensor, got {tuple(value.shape)} {value.dtype}"
+        )
+    if device is not None and value.device != device:
+        raise ValueError(f"{name} must be on param's device {device}, got {value.device}")
+
+
+def _check_tensor(name, tensor):
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be dense, got layout {tensor.layout}")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) and (
+        is_traceable_wrapper_subclass(tensor)
+    ):
+        raise TypeError(
+            f"{name} must be a plain tensor, got {type(tensor).__name__}; "
+            "a DTensor's own part is its to_local()"
+        )
+
+
+def _check_pair(param, grad, device):
+    _check_tensor("param", param)
+    _check_tensor("grad", grad)
+    if param.device != device:
+        raise ValueError(f"param must all be on one device {device}, got {param.device}")
+    if grad.device != device:
+        raise ValueError(f"grad must be on param's device {device}, got {grad.device}")
+    if grad.shape != param.shape:
+        raise ValueError(
+            f"grad must have param's shape {tuple(param.shape)}, got {tuple(grad.shape)}"
+        )
+    if grad.dtype is not param.dtype and torch.float32 not in (grad.dtype, param.dtype):
+        raise TypeError(f"grad must be {param.dtype} as param is, or float32, got {grad.dtype}")
+    if param.is_inference():
+        raise ValueError("param must not be an inference tensor: autograd cannot see it change")
+
+
+def _check_low(low, param):
+    if param.dtype is not torch.bfloat16:
+        raise TypeError(f"rounding 'split' needs a bfloat16 or float32 param, got {param.dtype}")
+    if not isinstance(low, torch.Tensor) or low.dtype is not torch.int16:
+        got = low.dtype if isinstance(low, torch.Tensor) else type(low).__name__
+        raise TypeError(f"low must be an int16 tensor for rounding 'split', got {got}")
+    if low.shape != param.shape or low.device != param.device:
+        raise ValueError(
+            f"low must have param's shape {tuple(param.shape)} on {param.device}, "
+            f"got {tuple(low.shape)} on {low.device}"
+        )
+    if not _same_layout(low, param):
+        raise ValueError(f"low must have param's strides {param.stride()}, got {low.stride()}")
+
+
+def _same_layout(a, b):
+    """Whether two tensors of one shape keep their elements in one memory order."""
+    return (a.is_contiguous() and b.is_contiguous()) or all(
+        x == y for x, y, size in zip(a.stride(), b.stride(), a.shape) if size > 1
+    )
+
+
+def _is_dense(tensor):
+    """Whether the elements fill a piece of memory without gaps, in whichever order."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _in_layout_of(param, grad):
+    if not _is_dense(param):
+        raise ValueError(
+            f"param must fill its memory without gaps, got shape {tuple(param.shape)} "
+            f"with strides {param.stride()}"
+        )
+    if _same_layout(param, grad):
+        return grad
+    return torch.empty_like(param, dtype=grad.dtype).copy_(grad)

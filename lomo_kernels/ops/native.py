@@ -1,0 +1,80 @@
+"""Tensors to `_C`: addresses, sizes and codes. The only module that imports `_C`."""
+
+from array import array
+
+import torch
+
+from .. import _C
+
+_DTYPE = {getattr(torch, name): code for name, code in _C.dtypes.items()}
+_ROUNDING = _C.roundings
+NORM_CHUNK = _C.norm_chunk
+
+
+def build_info():
+    """What the extension module was compiled with, for `lomo-kernels doctor`."""
+    return {
+        "compiler": _C.compiler,
+        "cpu instruction set": _C.cpu_instruction_set(),
+        "cuda compiler": _C.cuda_compiler or None,
+        "cuda architectures": _C.cuda_architectures or None,
+    }
+
+
+def unavailable(device):
+    """Why this backend cannot run on `device`; None: it can."""
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        return f"there are no C++ kernels for {device.type}"
+    if torch.version.hip:
+        return "the C++ kernels are CUDA; on AMD the triton backend runs"
+    if not _C.cuda_architectures:
+        return "built without CUDA (LOMO_CUDA=ON and nvcc on PATH or CUDA_HOME build it)"
+    return _C.cuda_unavailable(device.index or 0)
+
+
+def _address(tensor):
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _where(device):
+    """The trailing arguments of a call: threads on the CPU, device and stream on CUDA."""
+    if device.type == "cpu":
+        return (torch.get_num_threads(),)
+    return device.index, torch.cuda.current_stream(device).cuda_stream
+
+
+def lomo_update_(
+    params, grads, lows, offsets, param_ids, *, lr, decay, clip_value, step, seed, rounding,
+    inv_scale, clip_coef, found_inf, skip,
+):  # fmt: skip
+    rows = array("q")
+    for param, grad, low, offset, param_id in zip(params, grads, lows, offsets, param_ids):
+        rows.extend(
+            (param.data_ptr(), grad.data_ptr(), _address(low), param.numel(), offset, param_id)
+        )
+    device = params[0].device
+    run = _C.cpu_update if device.type == "cpu" else _C.cuda_update
+    run(
+        rows.buffer_info()[0], len(params), _DTYPE[params[0].dtype], _DTYPE[grads[0].dtype],
+        _ROUNDING[rounding], lr, decay, clip_value, step, seed,
+        _address(inv_scale), _address(clip_coef), _address(found_inf), _address(skip),
+        *_where(device),
+    )  # fmt: skip
+
+
+def grad_sumsq_(sumsq, grads, *, inv_scale, found_inf):
+    rows = array("q")
+    chunks = 0
+    for grad in grads:
+        rows.extend((grad.data_ptr(), grad.numel()))
+        chunks += max(1, -(-grad.numel() // NORM_CHUNK))
+    device = sumsq.device
+    partials = sumsq.new_empty(chunks) if chunks > len(grads) else None
+    run = _C.cpu_sumsq if device.type == "cpu" else _C.cuda_sumsq
+    run(
+        rows.buffer_info()[0], len(grads), _DTYPE[grads[0].dtype],
+        _address(inv_scale), _address(found_inf), sumsq.data_ptr(), _address(partials),
+        *_where(device),
+    )  # fmt: skip

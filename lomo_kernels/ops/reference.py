@@ -1,0 +1,152 @@
+"""The formulas in plain PyTorch: the definition of correct for every other backend.
+
+Written to be checked by eye. Runs on every device, stops nowhere to ask the host, and is slow.
+"""
+
+import torch
+
+NORM_LANES = 2048
+NORM_CHUNK = 8 * NORM_LANES
+_LOW_32_BITS = 0xFFFFFFFF
+
+
+def unavailable(device):
+    """Why this backend cannot run on `device`; None: it can."""
+    return None
+
+
+def philox4x32_10(counter, key):
+    """Philox4x32-10 (Salmon et al., SC 2011): four int64 tensors of 32-bit words, a 64-bit key."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key & _LOW_32_BITS, key >> 32
+    for _ in range(10):
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # int64 wraps modulo 2**64: all 64 bits are right
+        c0, c1 = ((b >> 32) & _LOW_32_BITS) ^ c1 ^ k0, b & _LOW_32_BITS
+        c2, c3 = ((a >> 32) & _LOW_32_BITS) ^ c3 ^ k1, a & _LOW_32_BITS
+        k0, k1 = (k0 + 0x9E3779B9) & _LOW_32_BITS, (k1 + 0xBB67AE85) & _LOW_32_BITS
+    return c0, c1, c2, c3
+
+
+def random_bits(numel, offset, seed, step, param_id, device):
+    """Sixteen bits for each of the elements [offset, offset + numel) of a parameter, as int64."""
+    element = torch.arange(offset, offset + numel, device=device)
+    group = element >> 3
+    constant = torch.full_like
+    words = philox4x32_10(
+        (group & _LOW_32_BITS, group >> 32, constant(group, step), constant(group, param_id)), seed
+    )
+    word = torch.stack(words, 1).gather(1, (element >> 1 & 3).unsqueeze(1)).squeeze(1)
+    return word >> 16 * (element & 1) & 0xFFFF
+
+
+def _bits(x):
+    return x.view(torch.int32).long() & _LOW_32_BITS
+
+
+def _as_int16(bits):
+    return torch.where(bits >= 0x8000, bits - 0x10000, bits).to(torch.int16)
+
+
+def round_stochastic(x, dtype, random):
+    """fp32 to bf16 or fp16, up with probability (x - below) / (above - below)."""
+    u = _bits(x)
+    sign, a = u & 0x80000000, u & 0x7FFFFFFF
+    if dtype is torch.bfloat16:
+        rounded, nan = (u + random) >> 16 & 0xFFFF, 0x7FC0
+    else:
+        a = a.clamp(max=0x47800000)  # 2**16: this and above is infinity
+        # 2**-16ths of the spacing of fp16: normal numbers, and below 2**-14 multiples of 2**-24.
+        mantissa = (a & 0x7FFFFF) | torch.where(a >= 0x800000, 0x800000, 0)
+        shift = 110 - (a >> 23)
+        subnormal = torch.where(
+            shift > 0, mantissa >> shift.clamp(0, 31), mantissa << (-shift).clamp(0, 2)
+        )
+        scaled = torch.where(a < 0x38800000, subnormal, (a - 0x38000000) << 3)
+        rounded, nan = (sign >> 16) | (scaled + random) >> 16, 0x7E00
+    return _as_int16(torch.where(x.isnan(), nan, rounded)).view(dtype)
+
+
+def merge(high, low):
+    """The fp32 master of a bf16 and the int16 beside it (csrc/float16.h, Note [Split master])."""
+    h = high.view(torch.int16).int() << 16
+    u = h + low.int()
+    return torch.where((u ^ h) < 0, h, u).view(torch.float32)
+
+
+def split(master):
+    """The pair that `merge` turns back: bf16, nearest with ties away from zero, and int16."""
+    nan = master.isnan()
+    u = _bits(master)
+    high = torch.where(nan, 0x7FC0, (u + 0x8000) >> 16 & 0xFFFF)
+    low = torch.where(nan, 0, u & 0xFFFF)
+    return _as_int16(high).view(torch.bfloat16), _as_int16(low)
+
+
+def _flat(tensor):
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
+
+
+@torch.no_grad()
+def lomo_update_(
+    params, grads, lows, offsets, param_ids, *, lr, decay, clip_value, step, seed, rounding,
+    inv_scale, clip_coef, found_inf, skip,
+):  # fmt: skip
+    """See `lomo_kernels.ops.lomo_update_`; scalars are already rounded to fp32."""
+    for param, grad, low, offset, param_id in zip(params, grads, lows, offsets, param_ids):
+        p, g = _flat(param), _flat(grad).float()
+        good = g.isfinite()
+        if skip is not None:
+            good = good & (skip == 0)
+        if found_inf is not None:
+            found_inf.masked_fill_(~good.all(), 1.0)
+            if skip is not None:  # an empty gradient has nothing that is not good
+                found_inf.masked_fill_(skip != 0, 1.0)
+
+        if inv_scale is not None:
+            g = g * inv_scale
+        g = g.clamp(-clip_value, clip_value)
+        if clip_coef is not None:
+            g = g * clip_coef
+        master = p.float() if rounding != "split" else merge(p, _flat(low))
+        master = master * decay - lr * g
+
+        if rounding == "split":
+            high, rest = split(master)
+            _flat(low).copy_(torch.where(good, rest, _flat(low)))
+        elif rounding == "stochastic":
+            bits = random_bits(p.numel(), offset, seed, step, param_id, p.device)
+            high = round_stochastic(master, p.dtype, bits)
+        else:
+            high = master.to(p.dtype)
+        p.copy_(torch.where(good, high, p))
+
+
+def _add_in_order(rows):
+    """Sums [..., rows, NORM_LANES]: down the rows, then neighbouring lanes in pairs."""
+    lanes = rows[..., 0, :]
+    for row in range(1, rows.shape[-2]):
+        lanes = lanes + rows[..., row, :]
+    while lanes.shape[-1] > 1:
+        lanes = lanes[..., 0::2] + lanes[..., 1::2]
+    return lanes[..., 0]
+
+
+def _padded(x, multiple):
+    missing = -x.numel() % multiple if x.numel() else multiple
+    return torch.nn.functional.pad(x, (0, missing))
+
+
+@torch.no_grad()
+def grad_sumsq_(sumsq, grads, *, inv_scale, found_inf):
+    """See `lomo_kernels.ops.grad_sumsq_`; csrc/kernels.h, Note [Summation order]."""
+    for k, grad in enumerate(grads):
+        g = _flat(grad).float()
+        if found_inf is not None:
+            found_inf.masked_fill_(~g.isfinite().all(), 1.0)
+        if inv_scale is not None:
+            g = g * inv_scale
+        chunks = _padded(g * g, NORM_CHUNK).view(-1, NORM_CHUNK // NORM_LANES, NORM_LANES)
+        partials = _add_in_order(chunks)
+        if partials.numel() > 1:
+            partials = _add_in_order(_padded(partials, NORM_LANES).view(-1, NORM_LANES))
+        sumsq[k] = partials.view(())

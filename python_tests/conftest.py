@@ -1,0 +1,36 @@
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the Triton kernels are defined
+
+
+@pytest.fixture(autouse=True)
+def deterministic():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Memory that nobody wrote reads as NaN, so that a missing write cannot pass by luck."""
+
+    def poison(name):
+        real = getattr(torch, name)
+
+        def empty(*args, **kwargs):
+            tensor = real(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.dtype.is_floating_point else tensor
+
+        monkeypatch.setattr(torch, name, empty)
+
+    poison("empty")
+    poison("empty_like")
+    real_new_empty = torch.Tensor.new_empty
+
+    def new_empty(self, *args, **kwargs):
+        tensor = real_new_empty(self, *args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.dtype.is_floating_point else tensor
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)

@@ -1,0 +1,162 @@
+"""Runs the C++ loops and the CUDA kernel bodies under AddressSanitizer and UBSan; no torch here.
+
+Started by test_sanitizers.py with the sanitizers' runtime preloaded and the module's path as the
+argument. Buffers are allocated to the byte, so that one element too far is an error; results of the
+kernels and of the loops are compared.
+"""
+
+import ctypes
+import importlib.util
+import random
+import struct
+import sys
+from array import array
+
+spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
+C = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(C)
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.malloc.argtypes = [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
+PAIRS = (
+    ("float32", "float32"),
+    ("float32", "bfloat16"),
+    ("bfloat16", "bfloat16"),
+    ("bfloat16", "float32"),
+    ("float16", "float16"),
+)
+ROUNDED = {("bfloat16", "stochastic"), ("bfloat16", "split"), ("float16", "stochastic")}
+OPTIONS = (0.01, 0.999, 0.5, 7, 2**63 + 3)  # lr, decay, clip_value, step, seed
+SIZES = (0, 1, 3, 7, 8, 9, 16, 255, 2047, 2048, 2049, 2064, 5001)
+
+
+class Buffer:
+    def __init__(self, content, shift=0):
+        self.start = libc.malloc(max(1, len(content) + shift))
+        self.address = self.start + shift
+        self.size = len(content)
+        ctypes.memmove(self.address, content, self.size)
+
+    def read(self):
+        return ctypes.string_at(self.address, self.size)
+
+    def __del__(self):
+        libc.free(self.start)
+
+
+def update(run, where, tensors, formats, rounding, options):
+    """tensors: (p, g, low, numel, offset, id). Returns what is written."""
+    found, inv, coef = (Buffer(struct.pack("f", x)) for x in (0.0, 1 / 512, 0.7))
+    flat = [x for p, g, low, *rest in tensors for x in (p.address, g.address, low.address, *rest)]
+    table = array("q", flat)
+    codes = (C.dtypes[formats[0]], C.dtypes[formats[1]], C.roundings[rounding])
+    scalars = (inv.address, coef.address, found.address, 0)
+    run(table.buffer_info()[0], len(tensors), *codes, *options, *scalars, *where)
+    return [p.read() + low.read() for p, _, low, *_ in tensors] + [found.read()]
+
+
+def sumsq(run, where, grads, dtype):
+    chunks = sum(max(1, -(-n // C.norm_chunk)) for _, n in grads)
+    out, partials = Buffer(bytes(4 * len(grads))), Buffer(bytes(4 * chunks))
+    found = Buffer(struct.pack("f", 0.0))
+    table = array("q", [x for g, n in grads for x in (g.address, n)])
+    run(
+        table.buffer_info()[0],
+        len(grads),
+        C.dtypes[dtype],
+        0,
+        found.address,
+        out.address,
+        partials.address,
+        *where,
+    )
+    return out.read(), found.read()
+
+
+def buffers(data, shift, param, grad):
+    return [
+        (
+            Buffer(p, shift * WIDTH[param]),
+            Buffer(g, shift * WIDTH[grad] % 16),
+            Buffer(low, 2 * shift),
+            *rest,
+        )
+        for p, g, low, *rest in data
+    ]
+
+
+def check_update(param, grad, rounding, shift):
+    data = [
+        (
+            random.randbytes(n * WIDTH[param]),
+            random.randbytes(n * WIDTH[grad]),
+            random.randbytes(2 * n),
+            n,
+            8 * k + (shift == 5),
+            3 * k,
+        )
+        for k, n in enumerate(SIZES)
+    ]
+
+    def run(function, where, data):
+        tensors = buffers(data, shift, param, grad)
+        return update(function, where, tensors, (param, grad), rounding, OPTIONS)
+
+    kernels = run(C.cuda_update, (0, 0), data)
+    loops = run(C.cpu_update, (2,), data)
+    one_by_one = [run(C.cuda_update, (0, 0), [tensor])[0] for tensor in data]
+    assert same(kernels[:-1], one_by_one, param)
+    assert same(kernels[:-1], loops[:-1], param)
+    assert kernels[-1] == loops[-1]
+
+
+def check_sumsq(dtype, shift):
+    sizes = (*SIZES, C.norm_chunk - 1, C.norm_chunk, 2 * C.norm_chunk + 77)
+    # 0x3f in every byte: finite in each of the three formats
+    grads = [(Buffer(b"\x3f" * (n * WIDTH[dtype]), shift * WIDTH[dtype]), n) for n in sizes]
+    assert sumsq(C.cuda_sumsq, (0, 0), grads, dtype) == sumsq(C.cpu_sumsq, (2,), grads, dtype)
+
+
+def main():
+    random.seed(0)
+    cases = [
+        (param, grad, rounding)
+        for param, grad in PAIRS
+        for rounding in ("nearest", "stochastic", "split")
+        if rounding == "nearest" or (param, rounding) in ROUNDED
+    ]
+    for case in cases:
+        for shift in (0, 1, 5):
+            check_update(*case, shift)
+    for dtype in WIDTH:
+        for shift in (0, 3):
+            check_sumsq(dtype, shift)
+    print(f"{3 * len(cases) + 2 * len(WIDTH)} lists of tensors, no error")
+    if "--overrun" in sys.argv:  # proves that an overrun would have been seen
+        short = Buffer(bytes(2 * 100))
+        tensor = (short, Buffer(bytes(256)), short, 128, 0, 0)
+        formats = ("bfloat16", "bfloat16")
+        update(C.cuda_update, (0, 0), [tensor], formats, "nearest", OPTIONS)
+
+
+def same(a, b, dtype):
+    """Bytes are equal, but that the payload of a NaN may differ."""
+    if a == b:
+        return True
+    code, nan = ("I", 0x7F800000) if WIDTH[dtype] == 4 else ("H", 0x7F80)
+    nan = 0x7C00 if dtype == "float16" else nan
+    for x, y in zip(a, b):
+        count = len(x) // (WIDTH[dtype] + 2)
+        xs, ys = (struct.unpack(f"{count}{code}", z[: count * WIDTH[dtype]]) for z in (x, y))
+        top = 0x7FFFFFFF if WIDTH[dtype] == 4 else 0x7FFF
+        if any(p != q and not ((p & top) > nan and (q & top) > nan) for p, q in zip(xs, ys)):
+            return False
+        if x[count * WIDTH[dtype] :] != y[count * WIDTH[dtype] :]:
+            return False
+    return True
+
+
+main()

@@ -1,0 +1,126 @@
+"""What the compilers made of the kernels, checked without a GPU."""
+
+import collections
+import functools
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lomo_kernels.ops import native
+
+HERE = Path(__file__).parent
+# A fused multiply-add (but not FMUL, FADD), flushing of subnormals, access to local memory.
+FORBIDDEN = re.compile(r"FFMA|DFMA|HFMA2\.BF16|.*\.FTZ|LDL|STL")
+# Above 96 registers fewer than 20 warps fit on a multiprocessor: too few loads in flight.
+MAX_REGISTERS = 96
+
+
+def cuobjdump():
+    """From the CUDA toolkit, or the one that Triton carries."""
+    if (found := shutil.which("cuobjdump")) is not None:
+        return Path(found)
+    spec = importlib.util.find_spec("triton")
+    carried = Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump" if spec else None
+    if carried is None or not carried.exists():
+        pytest.skip("neither the CUDA toolkit's nor Triton's cuobjdump is installed")
+    return carried
+
+
+@functools.cache
+def built_kernels(arch):
+    """Kernel -> (instruction counts, resources) of the extension module as it is installed."""
+    if not native._C.cuda_architectures:
+        pytest.skip("the extension module was built without CUDA (no nvcc)")
+    if not re.search(rf"\b{arch}\b", native._C.cuda_architectures):
+        pytest.skip(f"the extension module holds no code for sm_{arch}")
+    tool = cuobjdump()
+
+    def dump(option):
+        command = [tool, "-arch", f"sm_{arch}", option, native._C.__file__]
+        environment = {"PATH": f"{tool.parent}:{os.environ['PATH']}"}
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, env=environment
+        ).stdout
+
+    pattern = r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)"
+    kernels = {}
+    for part in dump("-sass").split("Function : ")[1:]:
+        name, _, body = part.partition("\n")
+        kernels[name.strip()] = collections.Counter(re.findall(pattern, body))
+    resources = {}
+    for name, usage in re.findall(r"Function (\w+):\s+(REG:.*)", dump("-res-usage")):
+        resources[name] = {key: int(n) for key, n in re.findall(r"(\w+):(\d+)", usage)}
+    assert kernels.keys() == resources.keys()
+    return {name: (kernels[name], resources[name]) for name in kernels}
+
+
+@pytest.mark.parametrize("arch", ["80", "86", "89", "90", "100", "120"])
+def test_cuda(arch):
+    kernels = built_kernels(arch)
+    # 13 format and rounding combinations, 3 gradient formats and the sum of partials; each for one
+    # tensor and for a table
+    assert len(kernels) == 2 * (13 + 3 + 1)
+    for name, (counts, resources) in kernels.items():
+        assert not [op for op in counts if FORBIDDEN.fullmatch(op)], name
+        assert resources["STACK"] == 0, name
+        assert resources["LOCAL"] == 0, name
+        assert resources["REG"] <= MAX_REGISTERS, name
+        wide_loads = sum(n for op, n in counts.items() if re.match(r"LDG.*\.128", op))
+        wide_stores = sum(n for op, n in counts.items() if re.match(r"STG.*\.128", op))
+        if "lomo_update_kernel" in name:
+            formats = [int(width) for width in re.findall(r"(?:BFloat|Float)(16|32)", name)[:2]]
+            split = "Rounding2" in name or "RoundingE2" in name
+            loads = 1 + (2 if formats == [16, 32] else 0 if formats == [32, 16] else 1)
+            assert wide_loads == loads + split, name
+            assert wide_stores == 1 + split, name
+            if formats == [32, 16]:  # four 16-bit gradients: one 8-byte load
+                assert sum(n for op, n in counts.items() if re.match(r"LDG.*\.64", op)) == 1, name
+        elif "sumsq_chunk_kernel" in name:
+            assert wide_loads == (16 if "Float32" in name else 8), name
+
+
+def triton_kernels(*target):
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, HERE / "triton_machine_code.py", *target],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    return json.loads(result.stdout)
+
+
+def expected(name):
+    """Wide (loads, stores) of a Triton kernel: 8 elements a thread, 64 in a norm chunk."""
+    words = 2 if "float32" in name else 1
+    if name.startswith("sumsq"):
+        return 8 * words, 0
+    split = name.endswith("split")
+    return 2 * words + split, words + split
+
+
+@pytest.mark.parametrize("arch", ["80", "86", "90"])
+def test_triton_nvidia(arch):
+    for name, counts in triton_kernels("cuda", arch).items():
+        assert not [op for op in counts if FORBIDDEN.fullmatch(op)], name
+        assert counts["stack"] == counts["local"] == 0, name
+        assert counts["registers"] <= MAX_REGISTERS, name
+        loads = sum(n for op, n in counts.items() if re.match(r"LDG.*\.128", op))
+        stores = sum(n for op, n in counts.items() if re.match(r"STG.*\.128", op))
+        assert (loads, stores) == expected(name), name
+
+
+def test_triton_amd():
+    for name, counts in triton_kernels("hip", "gfx942").items():
+        assert not [op for op in counts if re.match(r"v_(pk_)?fma|v_mad|scratch_", op)], name
+        assert counts["vgpr_spill_count"] == counts["sgpr_spill_count"] == 0, name
+        loads = sum(n for op, n in counts.items() if op.endswith("load_dwordx4") and op[0] != "s")
+        stores = sum(n for op, n in counts.items() if op.endswith("store_dwordx4"))
+        assert (loads, stores) == expected(name), name

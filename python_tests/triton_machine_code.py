@@ -1,0 +1,108 @@
+"""Compiles the Triton kernels for GPUs that are not here and prints what the machine code holds.
+
+Started by test_machine_code.py in a process without TRITON_INTERPRET. Arguments: cuda CC, or
+hip ARCH. Prints one JSON object: case -> counts of instructions and resources.
+"""
+
+import collections
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lomo_kernels.ops import reference
+from lomo_kernels.ops import triton as kernels
+
+SCALARS = {
+    "n": "i64", "offset": "i64", "param_id": "i32", "lr": "fp32", "decay": "fp32",
+    "clip_value": "fp32", "step": "i32", "seed": "i64", "inv_scale_ptr": "*fp32",
+    "clip_coef_ptr": "*fp32", "found_inf_ptr": "*fp32", "skip_ptr": "*fp32", "rows_ptr": "*i64",
+    "tensor_of_block_ptr": "*i64", "partials_ptr": "*fp32", "out_ptr": "*fp32", "low_ptr": "*i16",
+}  # fmt: skip
+
+
+def pointer(dtype):
+    return "*i32" if dtype == "float32" else "*i16"
+
+
+def compile_kernel(kernel, target, types, num_warps, **constants):
+    names = kernel.arg_names
+    types = {**SCALARS, **types}
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    # what the launcher finds out at run time: aligned pointers, and sizes that are multiples of 16
+    aligned = [
+        n for n in names if n == "n" or (signature[n].startswith("*") and n != "partials_ptr")
+    ]
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": num_warps, **kernels._EXACT}
+    return triton.compile(source, target=target, options=options)
+
+
+def cases(target):
+    for param, grad, rounding in (
+        ("bfloat16", "bfloat16", "nearest"), ("bfloat16", "bfloat16", "stochastic"),
+        ("bfloat16", "bfloat16", "split"), ("float16", "float16", "nearest"),
+        ("float16", "float16", "stochastic"), ("float32", "float32", "nearest"),
+    ):  # fmt: skip
+        constants = {
+            "P": param, "G": grad, "ROUNDING": rounding, "GROUPED": True, "SIZE": kernels.BLOCK,
+        }  # fmt: skip
+        types = {"p_ptr": pointer(param), "g_ptr": pointer(grad)}
+        low = {} if rounding == "split" else {"low_ptr": None}
+        warps = 4 if target.backend == "cuda" else 2
+        yield (
+            f"update-{param}-{rounding}",
+            compile_kernel(kernels.lomo_update_kernel, target, types, warps, **constants, **low),
+        )
+        if param == "bfloat16":
+            yield f"list-{param}-{rounding}", compile_kernel(
+                kernels.lomo_update_list_kernel, target, types, warps, **constants, ALIGNED=True,
+                P_INT=kernels.tl.int16, G_INT=kernels.tl.int16,
+            )  # fmt: skip
+    for dtype in ("bfloat16", "float16", "float32"):
+        yield f"sumsq-{dtype}", compile_kernel(
+            kernels.sumsq_chunk_kernel, target, {"g_ptr": pointer(dtype)},
+            8 if target.backend == "cuda" else 4, G=dtype, LEVELS=11,
+            ROWS=reference.NORM_CHUNK // reference.NORM_LANES,
+        )  # fmt: skip
+
+
+def nvidia(compiled):
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        dump = [tools / "cuobjdump", "-sass", "-res-usage", file.name]
+        text = subprocess.run(
+            dump, capture_output=True, text=True, check=True, env={"PATH": str(tools)}
+        ).stdout
+    pattern = r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)"
+    counts = dict(collections.Counter(re.findall(pattern, text)))
+    resources = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    counts |= dict(zip(("registers", "stack", "local"), map(int, resources.groups())))
+    return counts
+
+
+def amd(compiled):
+    text = compiled.asm["amdgcn"]
+    counts = dict(collections.Counter(re.findall(r"^\s+([a-z]\w+)", text, re.MULTILINE)))
+    for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count"):
+        counts[name] = int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
+    return counts
+
+
+def main():
+    backend, arch = sys.argv[1:]
+    target = GPUTarget("cuda", int(arch), 32) if backend == "cuda" else GPUTarget("hip", arch, 64)
+    read = nvidia if backend == "cuda" else amd
+    print(json.dumps({name: read(compiled) for name, compiled in cases(target)}))
+
+
+main()
