@@ -1,0 +1,119 @@
+"""LOMO: stochastic gradient descent whose gradients never exist all at once."""
+
+import torch
+
+from .. import ops
+from .fused import FusedOptimizer
+
+
+class Lomo(FusedOptimizer):
+    """LOw-Memory Optimization (Lv et al., arXiv 2306.09782), a `torch.optim.Optimizer`.
+
+    Each gradient is used by one fused kernel in a backward hook the moment it exists, and freed::
+
+        g = clamp(grad / loss_scale, +-clip_grad_value) * clip_coef
+        p = p * (1 - lr * weight_decay) - lr * g        (fp32, one rounding per operation)
+
+    Three ways to drive it, the same numbers::
+
+        loss.backward(); opt.step(); opt.zero_grad()         # any torch loop; no global norm
+        opt.grad_norm(loss); opt.fused_backward(loss, lr)    # lomo_optim's loop
+        opt.backward(loss)                                   # what the configuration needs
+
+    Args:
+        model_or_params: a module, parameters, or param groups (each with its own lr, weight_decay,
+            clip_grad_value, rounding). Frozen parameters are taken up when they are unfrozen.
+        lr: learning rate.
+        clip_grad_norm: largest norm; the coefficient is min(1, clip_grad_norm / (norm + 1e-6)), of
+            the gradients after unscaling and before clipping by value. Paper, section 3.3.
+        clip_grad_value: largest absolute value of an element, after unscaling. Paper, section 3.3.
+        weight_decay: decoupled, applied in fp32 inside the update.
+        loss_scale_args: dynamic loss scaling of lomo_optim; not supported yet, pass `loss_scale`.
+        norm: "global": one norm of all gradients, which takes a second backward or held gradients.
+            "tensor": each tensor is clipped by its own norm, in one backward.
+        strategy: how the global norm is known before the first update. "two_backward" runs backward
+            twice, as the paper does; "auto" is the same.
+        rounding: of the stored parameter: "nearest", "stochastic", "split" (see
+            `ops.lomo_update_`), or "auto": stochastic for bf16, where nearest loses most of a small
+            update, nearest for fp16 and fp32.
+        loss_scale: a constant by which `backward`, `fused_backward` and `scale` multiply the loss.
+        backend: "auto", "native", "triton" or "reference".
+        seed: of stochastic rounding; the same seed and data give the same weights.
+
+    Overflow: an element whose gradient is not finite is never written. With a global norm nothing
+    at all is written in such a step; otherwise nothing after the parameter that met it, in backward
+    order. `last_step_skipped` tells. The kernels never make the host wait.
+    """
+
+    def __init__(
+        self,
+        model_or_params,
+        lr=1e-3,
+        clip_grad_norm=None,
+        clip_grad_value=None,
+        weight_decay=0.0,
+        loss_scale_args=None,
+        *,
+        norm="global",
+        strategy="auto",
+        rounding="auto",
+        loss_scale=None,
+        backend="auto",
+        seed=0,
+    ):
+        if loss_scale_args:
+            raise NotImplementedError(
+                "dynamic loss scaling (loss_scale_args) is not supported yet: pass a constant "
+                "loss_scale, or train in bfloat16, which needs none"
+            )
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "clip_grad_value": clip_grad_value,
+            "rounding": rounding,
+            "seed": seed,
+        }
+        super().__init__(
+            model_or_params,
+            defaults,
+            clip_grad_norm=clip_grad_norm,
+            norm=norm,
+            strategy=strategy,
+            loss_scale=loss_scale,
+            backend=backend,
+        )
+
+    def _check_group(self, group):
+        super()._check_group(group)
+        rounding, seed = group["rounding"], group["seed"]
+        if rounding != "auto" and rounding not in ops.ROUNDINGS:
+            raise ValueError(f"rounding must be 'auto' or one of {ops.ROUNDINGS}, got {rounding!r}")
+        if not isinstance(seed, int) or not 0 <= seed < 2**64:
+            raise ValueError(f"seed must be an integer in [0, 2**64), got {seed!r}")
+        if rounding == "split" and any(p.dtype is torch.float16 for p in group["params"]):
+            raise ValueError("rounding 'split' is for bfloat16 parameters, got float16 ones")
+
+    def update_param(self, param, grad, group, param_id, scalars):
+        rounding = group["rounding"]
+        if rounding == "auto":
+            rounding = "stochastic" if param.dtype is torch.bfloat16 else "nearest"
+        low = None
+        if rounding == "split" and param.dtype is torch.bfloat16:
+            state = self.state[param]
+            if "low" not in state:
+                state["low"] = torch.zeros_like(param, dtype=torch.int16)
+            low = state["low"]
+        ops.lomo_update_(
+            param,
+            grad,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            clip_value=group["clip_grad_value"],
+            rounding=rounding,
+            low=low,
+            seed=group["seed"],
+            step=group["step"],
+            param_id=param_id,
+            backend=self._backend,
+            **scalars,
+        )

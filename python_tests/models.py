@@ -1,0 +1,77 @@
+"""Small models for the tests of the optimizers."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+VOCABULARY = 40
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+
+    def forward(self, x):
+        return x + self.down(torch.tanh(self.up(self.norm(x))))
+
+
+class LanguageModel(nn.Module):
+    """Embedding, blocks and a head; tied weights and checkpointing on request."""
+
+    def __init__(self, width=16, depth=3, tied=False, checkpointing=None):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+        self.head = nn.Linear(width, VOCABULARY, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+        self.checkpointing = checkpointing
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            if self.checkpointing is None:
+                x = block(x)
+            else:
+                x = checkpoint(block, x, use_reentrant=self.checkpointing == "reentrant")
+        return self.head(x)
+
+
+def build(dtype=torch.float32, **options):
+    """The same model, to the bit, for the same options."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return LanguageModel(**options).to(dtype)
+
+
+def tokens(step=0, batch=4):
+    generator = torch.Generator().manual_seed(100 + step)
+    return torch.randint(0, VOCABULARY, (batch, 6), generator=generator)
+
+
+def loss_of(model, step=0, batch=4):
+    ids = tokens(step, batch)
+    logits = model(ids)[:, :-1].float()
+    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
+def difference(a, b):
+    """Largest difference of two models' parameters."""
+    pairs = zip(a.parameters(), b.parameters(), strict=True)
+    return max(
+        (p.detach().double() - q.detach().double()).abs().max().item()
+        for p, q in pairs
+        if p.numel()
+    )
+
+
+def snapshot(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def same(model, parameters):
+    return all(torch.equal(p, q) for p, q in zip(model.parameters(), parameters, strict=True))

@@ -1,0 +1,145 @@
+"""Hugging Face Trainer and accelerate, neither patched, with transformers 5 on the CPU."""
+
+import models
+import pytest
+import torch
+
+from lomo_kernels import Lomo
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+
+# What transformers and accelerate themselves warn of is not ours to fail on.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+LR = 0.1
+
+
+def tiny_llama(dtype=torch.float32):
+    config = transformers.LlamaConfig(
+        vocab_size=models.VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return transformers.LlamaForCausalLM(config).to(dtype)
+
+
+def data(count=24):
+    ids = models.tokens(batch=count)
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def train(model, optimizer, folder, resume=None, **options):
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        use_cpu=True,
+        per_device_train_batch_size=4,
+        num_train_epochs=2,
+        lr_scheduler_type="linear",
+        warmup_steps=2,
+        report_to=[],
+        disable_tqdm=True,
+        logging_strategy="no",
+        seed=7,
+        **options,
+    )
+    trainer = transformers.Trainer(
+        model, arguments, train_dataset=data(), optimizers=(optimizer, None)
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def test_trainer_with_a_scheduler_equals_sgd(tmp_path):
+    ours, theirs = tiny_llama(), tiny_llama()
+    optimizer = Lomo(ours, lr=LR)
+    trainer = train(ours, optimizer, tmp_path / "ours", save_strategy="no")
+    sgd = torch.optim.SGD(theirs.parameters(), lr=LR)
+    other = train(theirs, sgd, tmp_path / "sgd", save_strategy="no", max_grad_norm=0.0)
+    assert models.difference(ours, theirs) < 1e-6
+    assert models.difference(ours, tiny_llama()) > 1e-2
+    assert trainer.state.global_step == other.state.global_step == 12
+    assert optimizer.param_groups[0]["step"] == 12
+    assert optimizer.param_groups[0]["lr"] == sgd.param_groups[0]["lr"]
+
+
+def test_trainer_takes_the_class_and_its_arguments(tmp_path):
+    ours, theirs = tiny_llama(), tiny_llama()
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, max_steps=2, report_to=[], disable_tqdm=True,
+        save_strategy="no", logging_strategy="no",
+    )  # fmt: skip
+    trainer = transformers.Trainer(
+        ours, arguments, train_dataset=data(),
+        optimizer_cls_and_kwargs=(Lomo, {"lr": LR, "clip_grad_norm": 0.01, "norm": "tensor"}),
+    )  # fmt: skip
+    trainer.train()
+    assert models.difference(ours, theirs) > 0
+    assert all(p.grad is None for p in ours.parameters())
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "split"])
+def test_a_resumed_trainer_is_the_uninterrupted_one(tmp_path, rounding):
+    """Random bits, counters, learning rate and the low halves go through Trainer's checkpoint."""
+    whole = tiny_llama(torch.bfloat16)
+    train(
+        whole, Lomo(whole, lr=LR, rounding=rounding), tmp_path, save_strategy="steps", save_steps=5
+    )
+    resumed = tiny_llama(torch.bfloat16)
+    train(
+        resumed, Lomo(resumed, lr=LR, rounding=rounding), tmp_path,
+        resume=str(tmp_path / "checkpoint-5"), save_strategy="no",
+    )  # fmt: skip
+    assert models.same(resumed, models.snapshot(whole))
+
+
+def test_accumulation_in_trainer_is_refused_with_a_way_out(tmp_path):
+    model = tiny_llama()
+    with pytest.raises(RuntimeError, match="received a second gradient in one step"):
+        train(model, Lomo(model, lr=LR), tmp_path, gradient_accumulation_steps=2)
+
+
+def test_gradient_checkpointing_in_trainer(tmp_path):
+    ours, theirs = tiny_llama(), tiny_llama()
+    options = {"save_strategy": "no", "max_grad_norm": 0.0}
+    train(
+        ours, Lomo(ours, lr=LR), tmp_path / "ours", gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": False}, **options,
+    )  # fmt: skip
+    train(theirs, torch.optim.SGD(theirs.parameters(), lr=LR), tmp_path / "sgd", **options)
+    assert models.difference(ours, theirs) < 1e-6
+
+
+def test_accelerate_loop(tmp_path):
+    """accelerate loads the optimizer's state when it wraps it, which replaces the group dicts."""
+    ours, theirs = tiny_llama(), tiny_llama()
+    optimizer = Lomo(ours, lr=LR)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    accelerator = accelerate.Accelerator(cpu=True)
+    loader = torch.utils.data.DataLoader(data(), batch_size=4)
+    model, wrapped, loader, schedule = accelerator.prepare(ours, optimizer, loader, schedule)
+    sgd = torch.optim.SGD(theirs.parameters(), lr=LR)
+    for step, batch in enumerate(loader):
+        accelerator.backward(model(**batch).loss)
+        wrapped.step()
+        schedule.step()
+        wrapped.zero_grad()
+        sgd.param_groups[0]["lr"] = LR / (1 + step)
+        theirs(**batch).loss.backward()
+        sgd.step()
+        sgd.zero_grad()
+        if step == 2:
+            accelerator.save_state(tmp_path)
+            middle = models.snapshot(ours)
+    assert models.difference(ours, theirs) < 1e-6
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(LR / 7)
+
+    accelerator.load_state(tmp_path)
+    assert models.same(ours, middle)
+    assert optimizer.param_groups[0]["step"] == 3
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(LR / 4)

@@ -1,0 +1,123 @@
+"""The house: imports point downwards, and each outside library has one door."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "lomo_kernels"
+
+# Room -> rooms it may import. A room is a module or a package of lomo_kernels.
+MAY_IMPORT = {
+    "_C": set(),
+    "ops.reference": set(),
+    "ops.triton": {"ops.reference"},
+    "ops.native": {"_C"},
+    "ops": {"ops.native", "ops.triton", "ops.reference"},
+    "optim": {"ops"},
+    "memory": {"optim"},
+    "integrations": {"optim"},
+    "finetune": {"integrations", "memory", "optim", "ops"},
+    "cli": {"finetune", "integrations", "memory", "optim", "ops", "lomo_kernels"},
+    "lomo_kernels": {"ops", "optim"},
+}
+# Library -> the only rooms that may import it.
+DOORS = {
+    "transformers": {"integrations"},
+    "accelerate": {"integrations"},
+    "peft": {"integrations"},
+    "deepspeed": {"integrations"},
+    "triton": {"ops.triton"},
+    "rich": {"finetune", "cli"},
+}
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = list(path.relative_to(ROOT).with_suffix("").parts)
+        if parts[-1] == "__init__":
+            parts.pop()
+        yield ".".join(parts), path
+
+
+def room_of(module):
+    """lomo_kernels.ops.native -> ops.native; lomo_kernels.optim.lomo -> optim."""
+    parts = module.split(".")[1:]
+    if not parts:
+        return "lomo_kernels"
+    dotted = ".".join(parts[:2])
+    return dotted if dotted in MAY_IMPORT else parts[0]
+
+
+def imports_of(module, path):
+    """Absolute names of everything a module imports, in functions too."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                up = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*up, base] if base else up)
+            for alias in node.names:
+                yield f"{base}.{alias.name}"
+
+
+@pytest.mark.parametrize(
+    ("module", "path"), list(modules()), ids=lambda value: str(value).split("/")[-1]
+)
+def test_imports_point_downwards(module, path):
+    room = room_of(module)
+    assert room in MAY_IMPORT, f"{module} is in no room of the house"
+    for name in imports_of(module, path):
+        library = name.split(".")[0]
+        if library == "lomo_kernels":
+            assert room_of(name) in MAY_IMPORT[room] | {room}, f"{module} imports {name}"
+        elif library in DOORS:
+            assert room in DOORS[library], f"{module} imports {library}"
+
+
+def test_only_native_imports_the_extension_module():
+    users = {
+        module
+        for module, path in modules()
+        if any(name.split(".")[-1] == "_C" for name in imports_of(module, path))
+    }
+    assert users == {"lomo_kernels.ops.native"}
+
+
+def test_kernels_know_no_torch_and_no_python():
+    for path in (ROOT / "csrc").iterdir():
+        includes = re.findall(r'#include [<"]([^>"]+)', path.read_text())
+        assert not [name for name in includes if re.match(r"torch/|ATen/|c10/", name)], path
+        if path.name != "bindings.cpp":
+            assert not [name for name in includes if re.match(r"pybind11/|Python", name)], path
+
+
+def test_every_skip_gives_its_reason():
+    for path in Path(__file__).parent.rglob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func)
+            if name in ("pytest.skip", "pytest.xfail"):
+                assert node.args, f"{path.name}:{node.lineno}"
+            elif name in ("pytest.mark.skipif", "pytest.mark.skip"):
+                assert any(k.arg == "reason" for k in node.keywords), f"{path.name}:{node.lineno}"
+
+
+def test_importing_starts_nothing():
+    """No GPU is touched, nothing is compiled or printed, and triton is not even loaded."""
+    code = (
+        "import sys, torch; import lomo_kernels; "
+        "assert not torch.cuda.is_initialized(); "
+        "assert not [m for m in ('triton', 'transformers', 'rich') if m in sys.modules]"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

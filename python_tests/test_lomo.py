@@ -1,0 +1,888 @@
+"""Lomo against torch.optim.SGD and torch's clipping, and what a torch optimizer has to do."""
+
+import contextlib
+import copy
+import gc
+import math
+import pickle
+import re
+import sys
+import weakref
+
+import models
+import pytest
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lomo_kernels import Lomo, ops
+
+LR = 0.3
+# Ours rounds lr * g before the subtraction, torch's SGD fuses the two: one unit in the last place
+# of a weight near 1 per step, and what that changes in the gradients of the next.
+FP32 = 1e-6
+
+
+def with_loop(optimizer, model, step):
+    models.loss_of(model, step).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def with_fused_backward(optimizer, model, step):
+    loss = models.loss_of(model, step)
+    if optimizer.clip_grad_norm is not None and optimizer.norm == "global":
+        optimizer.grad_norm(loss)
+    optimizer.fused_backward(loss, LR)
+
+
+def with_backward(optimizer, model, step):
+    optimizer.backward(models.loss_of(model, step))
+
+
+def with_scaled_loop(optimizer, model, step):
+    optimizer.scale(models.loss_of(model, step)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def with_held_gradients(optimizer, model, step):
+    with optimizer.accumulate():
+        optimizer.scale(models.loss_of(model, step)).backward()
+    optimizer.step()
+
+
+def sgd_step(model, step, lr=LR, **options):
+    """The same step in torch's own parts."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=lr)
+    models.loss_of(model, step).backward()
+    norm = torch.linalg.vector_norm(
+        torch.stack([p.grad.norm() for p in parameters if p.grad is not None])
+    )
+    clip = options.get("clip_grad_norm")
+    coefficients = {}
+    if clip is not None and options.get("norm") == "tensor":
+        for p in parameters:
+            coefficients[p] = min(1.0, clip / (p.grad.norm().item() + 1e-6))
+    elif clip is not None:
+        coefficients = dict.fromkeys(parameters, min(1.0, clip / (norm.item() + 1e-6)))
+    if (value := options.get("clip_grad_value")) is not None:
+        nn.utils.clip_grad_value_(parameters, value)
+    with torch.no_grad():
+        for p in parameters:
+            if p.grad is not None:
+                p.grad.mul_(coefficients.get(p, 1.0))
+                p.mul_(1 - lr * options.get("weight_decay", 0.0))
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm.item()
+
+
+CONFIGURATIONS = {
+    "plain": {},
+    "decay": {"weight_decay": 0.1},
+    "value": {"clip_grad_value": 0.003},
+    "tensor norm": {"clip_grad_norm": 0.05, "norm": "tensor"},
+    "global norm": {"clip_grad_norm": 0.2},
+    "global norm that does not clip": {"clip_grad_norm": 1e4},
+    "scale": {"loss_scale": 4096.0},
+    "everything": {
+        "weight_decay": 0.1, "clip_grad_value": 0.02, "clip_grad_norm": 0.3, "loss_scale": 1024.0,
+    },
+    "everything but the global norm": {
+        "weight_decay": 0.1, "clip_grad_value": 0.01, "clip_grad_norm": 0.1, "norm": "tensor",
+        "loss_scale": 1024.0,
+    },
+}  # fmt: skip
+DRIVERS = {
+    "loop": with_loop,
+    "scaled loop": with_scaled_loop,
+    "fused_backward": with_fused_backward,
+    "backward": with_backward,
+    "held gradients": with_held_gradients,
+}
+
+
+def drivers_for(options):
+    for name, driver in DRIVERS.items():
+        one_pass = name in ("loop", "scaled loop")
+        if one_pass and "clip_grad_norm" in options and options.get("norm") != "tensor":
+            continue
+        if name == "loop" and "loss_scale" in options:
+            continue
+        yield name, driver
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_equal_to_sgd_whichever_way_it_is_driven(name, tied):
+    options = CONFIGURATIONS[name]
+    expected = models.build(tied=tied)
+    norms = [sgd_step(expected, step, **options) for step in range(4)]
+    results = []
+    for _, driver in drivers_for(options):
+        model = models.build(tied=tied)
+        optimizer = Lomo(model, lr=LR, **options)
+        for step in range(4):
+            driver(optimizer, model, step)
+            assert all(p.grad is None for p in model.parameters())
+        assert models.difference(model, expected) < FP32
+        assert not optimizer.last_step_skipped
+        if "clip_grad_norm" in options:
+            assert optimizer.last_grad_norm == pytest.approx(norms[-1], rel=1e-4)
+        else:
+            assert optimizer.last_grad_norm is None
+        results.append(models.snapshot(model))
+    for other in results[1:]:  # the same numbers, to the bit
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_is_sgd_on_an_exact_copy_then_rounded(dtype, name):
+    """One step: the gradients are those of the 16-bit model, the arithmetic is fp32."""
+    options = CONFIGURATIONS[name]
+    model = models.build(dtype)
+    reference = models.build(dtype)
+    (models.loss_of(reference) * options.get("loss_scale", 1.0)).backward()
+    exact = [p.detach().double() for p in reference.parameters()]
+    grads = [p.grad.double() / options.get("loss_scale", 1.0) for p in reference.parameters()]
+    total = math.sqrt(sum(g.square().sum().item() for g in grads))
+
+    optimizer = Lomo(model, lr=LR, rounding="nearest", **options)
+    optimizer.backward(models.loss_of(model))
+    for p, before, g in zip(model.parameters(), exact, grads):
+        clip = options.get("clip_grad_norm", math.inf)
+        norm = g.norm().item() if options.get("norm") == "tensor" else total
+        value = options.get("clip_grad_value", math.inf)
+        g = g.clamp(-value, value) * min(1.0, clip / (norm + 1e-6))
+        want = before * (1 - LR * options.get("weight_decay", 0.0)) - LR * g
+        got = p.detach()
+        # Within fp32's rounding of the value that is rounded to 16 bits.
+        spacing = torch.finfo(dtype).eps * want.abs() + torch.finfo(dtype).tiny
+        assert ((got.double() - want).abs() <= spacing * 0.5 * (1 + 1e-3)).all()
+
+
+def test_lr_of_fused_backward_is_for_every_group():
+    model = models.build()
+    optimizer = Lomo(model, lr=1.0)
+    optimizer.fused_backward(models.loss_of(model), 0.25)
+    expected = models.build()
+    sgd_step(expected, 0, lr=0.25)
+    assert models.difference(model, expected) < FP32
+    assert optimizer.param_groups[0]["lr"] == 0.25
+
+
+def test_parameters_instead_of_a_module():
+    by_module, by_parameters = models.build(), models.build()
+    first, second = Lomo(by_module, lr=LR), Lomo(by_parameters.parameters(), lr=LR)
+    with_backward(first, by_module, 0)
+    with_backward(second, by_parameters, 0)
+    assert models.same(by_module, models.snapshot(by_parameters))
+
+
+def groups_of(model):
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    return [{"params": decayed, "weight_decay": 0.1}, {"params": others, "lr": 0.02}]
+
+
+def test_groups_and_a_scheduler():
+    model, expected = models.build(), models.build()
+    optimizer = Lomo(groups_of(model), lr=LR)
+    sgd = torch.optim.SGD(groups_of(expected), lr=LR)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)) for o in (optimizer, sgd)
+    ]
+    for step in range(4):
+        optimizer.backward(models.loss_of(model, step))
+        models.loss_of(expected, step).backward()
+        with torch.no_grad():  # torch's SGD has coupled decay
+            for group in sgd.param_groups:
+                for p in group["params"]:
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                group["weight_decay"], kept = 0.0, group["weight_decay"]
+                group["kept"] = kept
+        sgd.step()
+        sgd.zero_grad()
+        for group in sgd.param_groups:
+            group["weight_decay"] = group.pop("kept")
+        for schedule in schedules:
+            schedule.step()
+    assert models.difference(model, expected) < FP32
+    assert [g["lr"] for g in optimizer.param_groups] == [g["lr"] for g in sgd.param_groups]
+
+
+def test_a_group_added_later():
+    model = models.build()
+    optimizer = Lomo(model.blocks.parameters(), lr=LR)
+    optimizer.add_param_group({"params": model.head.parameters(), "lr": 0.1})
+    before = models.snapshot(model)
+    with_loop(optimizer, model, 0)
+    assert not torch.equal(model.head.weight, before[-1])
+    assert torch.equal(model.embedding.weight, before[0])
+    assert model.embedding.weight.grad is not None  # nobody's but autograd's
+
+
+def test_a_group_that_is_refused_leaves_no_trace():
+    model = models.build()
+    optimizer = Lomo(model.blocks.parameters(), lr=LR)
+    with pytest.raises(ValueError, match="lr must be a finite number of at least 0, got -1"):
+        optimizer.add_param_group({"params": model.head.parameters(), "lr": -1})
+    assert len(optimizer.param_groups) == 1
+    models.loss_of(model).backward()
+    assert model.head.weight.grad is not None
+    optimizer.step()
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "split"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, dtype, rounding):
+    if dtype is torch.float16 and rounding == "split":
+        pytest.skip("split is for bfloat16")
+    model = models.build(dtype)
+    optimizer = Lomo(model, lr=LR, rounding=rounding, clip_grad_norm=1.0, seed=5)
+    for step in range(3):
+        optimizer.backward(models.loss_of(model, step))
+    torch.save({"m": model.state_dict(), "o": optimizer.state_dict()}, tmp_path / "checkpoint")
+    for step in range(3, 6):
+        optimizer.backward(models.loss_of(model, step))
+
+    other = models.build(dtype)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.zero_()
+    resumed = Lomo(other, lr=1.0, rounding=rounding, clip_grad_norm=1.0)
+    saved = torch.load(tmp_path / "checkpoint")
+    resumed.load_state_dict(saved["o"])
+    other.load_state_dict(saved["m"])
+    for step in range(3, 6):
+        resumed.backward(models.loss_of(other, step))
+    assert models.same(other, models.snapshot(model))
+    if rounding == "split":
+        lows = [resumed.state[p]["low"] for p in other.parameters()]
+        assert all(low.dtype is torch.int16 for low in lows)
+        assert all(
+            torch.equal(low, optimizer.state[p]["low"]) for low, p in zip(lows, model.parameters())
+        )
+    else:
+        assert not optimizer.state_dict()["state"]
+
+
+def test_loading_does_not_share_state():
+    model = models.build(torch.bfloat16)
+    optimizer = Lomo(model, rounding="split")
+    optimizer.backward(models.loss_of(model))
+    saved = optimizer.state_dict()
+    other = models.build(torch.bfloat16)
+    resumed = Lomo(other, rounding="split")
+    resumed.load_state_dict(saved)
+    pairs = zip(optimizer.state.values(), resumed.state.values())
+    assert all(a["low"].data_ptr() != b["low"].data_ptr() for a, b in pairs)
+
+
+def test_a_checkpoint_without_our_keys_gets_the_defaults():
+    model = models.build()
+    optimizer = Lomo(model, lr=0.5)
+    saved = optimizer.state_dict()
+    for key in ("step", "seed", "rounding", "clip_grad_value", "weight_decay"):
+        del saved["param_groups"][0][key]
+    optimizer.load_state_dict(saved)
+    optimizer.backward(models.loss_of(model))
+    assert optimizer.param_groups[0]["step"] == 1
+
+
+@pytest.mark.parametrize("copy_it", [copy.deepcopy, copy.copy, pickle.dumps])
+def test_copies_are_refused(copy_it):
+    optimizer = Lomo(models.build())
+    with pytest.raises(TypeError, match="Lomo cannot be copied or pickled"):
+        copy_it(optimizer)
+
+
+def test_a_model_with_hooks_can_be_copied_and_saved(tmp_path):
+    model = models.build()
+    optimizer = Lomo(model, lr=LR)
+    twin = copy.deepcopy(model)
+    models.loss_of(twin).backward()
+    assert all(p.grad is not None for p in twin.parameters())
+    torch.save(model, tmp_path / "model")
+    assert models.same(torch.load(tmp_path / "model", weights_only=False), models.snapshot(model))
+    assert optimizer.param_groups[0]["step"] == 0
+
+
+# -- which parameters ----------------------------------------------------------------------------
+
+
+def test_frozen_parameters_stay_and_are_taken_up_later():
+    model, expected = models.build(), models.build()
+    for m in (model, expected):
+        m.embedding.weight.requires_grad_(False)
+    optimizer = Lomo(model, lr=LR)
+    frozen = model.embedding.weight.clone()
+    with_loop(optimizer, model, 0)
+    sgd_step(expected, 0)
+    assert torch.equal(model.embedding.weight, frozen)
+    for m in (model, expected):
+        m.embedding.weight.requires_grad_(True)
+        m.head.weight.requires_grad_(False)
+    for step in range(1, 3):
+        with_loop(optimizer, model, step)
+        sgd_step(expected, step)
+        assert models.difference(model, expected) < FP32
+    assert not torch.equal(model.embedding.weight, frozen)
+
+
+def test_a_parameter_without_a_gradient_in_a_step():
+    model, expected = models.build(), models.build()
+    for m in (model, expected):
+        m.spare = nn.Parameter(torch.ones(3))
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=0.1, weight_decay=0.1)
+    for step in range(2):
+        with_backward(optimizer, model, step)
+        sgd_step(expected, step, clip_grad_norm=0.1, weight_decay=0.1)
+    assert torch.equal(model.spare, torch.ones(3))
+    assert models.difference(model, expected) < FP32
+
+
+def test_the_norm_forgets_parameters_that_have_no_gradient_any_more():
+    model = models.build()
+    optimizer = Lomo(model, lr=0.0, clip_grad_norm=1.0)
+    with_backward(optimizer, model, 0)
+    everything = optimizer.last_grad_norm
+    loss = models.loss_of(model, 0).detach() * 0 + model.head.weight.square().sum()
+    optimizer.backward(loss)
+    assert optimizer.last_grad_norm == pytest.approx((2 * model.head.weight).norm().item())
+    assert optimizer.last_grad_norm != everything
+
+
+def test_scalars_empty_tensors_and_one_element():
+    odd = nn.ParameterList(
+        [
+            nn.Parameter(torch.tensor(2.0)),
+            nn.Parameter(torch.zeros(0, 3)),
+            nn.Parameter(torch.ones(1)),
+            nn.Parameter(torch.ones(3, 5, 7)),
+        ]
+    )
+    optimizer = Lomo(odd, lr=0.5, clip_grad_norm=100.0)
+    optimizer.backward(sum(p.square().sum() for p in odd))
+    assert odd[0].item() == 0.0  # 2 - 0.5 * 2 * 2
+    assert odd[1].shape == (0, 3)
+    assert torch.equal(odd[3], torch.zeros(3, 5, 7))
+
+
+def test_gradients_in_another_memory_layout():
+    convolution = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    expected = copy.deepcopy(convolution)
+    optimizer = Lomo(convolution, lr=LR)
+    sgd = torch.optim.SGD(expected.parameters(), lr=LR)
+    x = torch.randn(2, 3, 8, 8)
+    optimizer.backward(convolution(x).square().mean())
+    expected(x).square().mean().backward()
+    sgd.step()
+    assert models.difference(convolution, expected) < FP32
+
+
+@pytest.mark.parametrize("other", ["Lomo", "AdamW"])
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_several_optimizers_on_one_model(other, clip):
+    """A norm pass of one must not show the others their gradients twice."""
+    model, expected = models.build(), models.build()
+
+    def halves(m):
+        return list(m.blocks.parameters()), [*m.embedding.parameters(), *m.head.parameters()]
+
+    mine, theirs = halves(model)
+    optimizer = Lomo(mine, lr=LR, clip_grad_norm=clip)
+    second = Lomo(theirs, lr=0.01) if other == "Lomo" else torch.optim.AdamW(theirs, lr=0.01)
+    same_mine, same_theirs = halves(expected)
+    sgd = torch.optim.SGD(same_mine, lr=LR)
+    oracle = (torch.optim.SGD if other == "Lomo" else torch.optim.AdamW)(same_theirs, lr=0.01)
+    for step in range(3):
+        optimizer.backward(models.loss_of(model, step))
+        second.step()
+        second.zero_grad()
+        models.loss_of(expected, step).backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(same_mine, clip)
+        for o in (sgd, oracle):
+            o.step()
+            o.zero_grad()
+    assert models.difference(model, expected) < 1e-5
+
+
+def test_two_optimizers_on_one_parameter_are_noticed():
+    model = models.build()
+    first = Lomo(model)
+    second = Lomo(model)
+    with pytest.raises(RuntimeError, match=r"was taken by another hook"):
+        second.fused_backward(models.loss_of(model))
+    first.remove()
+    second.fused_backward(models.loss_of(model))
+
+
+# -- hooks ---------------------------------------------------------------------------------------
+
+
+def hooks_on(model):
+    return sum(len(p._post_accumulate_grad_hooks or ()) for p in model.parameters())
+
+
+def test_hooks_die_with_the_optimizer():
+    model = models.build()
+    gc.disable()  # reference counts alone must do it
+    try:
+        optimizer = Lomo(model, lr=LR, clip_grad_norm=1.0)
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+        optimizer.backward(models.loss_of(model))
+        alive = weakref.ref(optimizer)
+        assert hooks_on(model) == len(list(model.parameters()))
+        del optimizer, schedule
+        assert alive() is None
+    finally:
+        gc.enable()
+    assert hooks_on(model) == 0
+    models.loss_of(model).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_hooks_go_on_request_and_step_still_works():
+    model, expected = models.build(), models.build()
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=0.1)
+    optimizer.remove()
+    assert hooks_on(model) == 0
+    for step in range(2):
+        models.loss_of(model, step).backward()
+        assert all(p.grad is not None for p in model.parameters())
+        optimizer.step()
+        assert all(p.grad is None for p in model.parameters())
+        sgd_step(expected, step, clip_grad_norm=0.1)
+    assert models.difference(model, expected) < FP32
+    assert hooks_on(model) == 0
+
+
+def calls_in_backward(count):
+    """Python function calls during one backward with `count` parameters."""
+    layers = nn.ParameterList(nn.Parameter(torch.ones(2)) for _ in range(count))
+    optimizer = Lomo(layers, lr=0.1)
+    loss = sum(p.sum() for p in layers)
+    calls = 0
+
+    def profile(frame, event, argument):
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(profile)
+    try:
+        loss.backward()
+    finally:
+        sys.setprofile(None)
+    optimizer.step()
+    return calls
+
+
+def test_the_cost_of_a_hook_does_not_grow_with_the_model():
+    """Counted in function calls on 2,000 parameters; a scan per hook would make it 100 times."""
+    small, large = calls_in_backward(20), calls_in_backward(2000)
+    assert large <= 100 * small
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all storages alive, and their peak, seen at every operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages, self.peak = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.storages = {k: v for k, v in self.storages.items() if not v[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
+        return result
+
+
+def peak_of(backward, model):
+    """Peak bytes while `backward(loss)` runs, beyond what is alive before it."""
+    loss = models.loss_of(model)
+    with LiveBytes() as live:
+        backward(loss)
+    return live.peak
+
+
+@pytest.mark.parametrize("norm", [None, "tensor", "global"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_gradient_is_gone_when_its_hook_returns(norm, tied):
+    """The peak is that of a backward whose gradients are dropped, and a few scalars."""
+    shape = {"width": 64, "depth": 4, "tied": tied}
+    dropping = models.build(**shape)
+    for p in dropping.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    # The first of two backwards keeps the graph, and with it the activations.
+    twice = norm == "global"
+    floor = peak_of(lambda loss: loss.backward(retain_graph=twice), dropping)
+    keeping = models.build(**shape)
+    kept = peak_of(lambda loss: loss.backward(retain_graph=twice), keeping)
+
+    model = models.build(**shape)
+    clip = {} if norm is None else {"clip_grad_norm": 1.0, "norm": norm}
+    optimizer = Lomo(model, lr=LR, **clip)
+    peak = peak_of(optimizer.backward, model)
+    count = len(list(model.parameters()))
+    scalars = 64 * (count + 16)  # one float a parameter and a few for the step, generously
+    assert peak <= floor + scalars
+    # and the measure can tell: without release the peak would be this much higher
+    assert kept > floor + scalars
+
+
+def test_no_gradient_waits_for_the_next_hook():
+    """Seen from inside: at most one gradient's memory is alive whenever a hook starts."""
+    model = models.build()
+    seen = []
+
+    def before(param):
+        seen.append(StorageWeakRef(param.grad.untyped_storage()))
+        alive.append(sum(not storage.expired() for storage in seen))
+
+    alive = []
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(before)
+    optimizer = Lomo(model, lr=LR)
+    optimizer.backward(models.loss_of(model))
+    assert len(alive) == len(list(model.parameters()))
+    assert max(alive) == 1
+
+
+# -- steps that are not as usual -----------------------------------------------------------------
+
+
+def test_a_second_backward_in_one_step_is_refused():
+    model = models.build()
+    optimizer = Lomo(model, lr=LR)
+    models.loss_of(model, 0).backward()
+    with pytest.raises(RuntimeError, match="received a second gradient in one step"):
+        models.loss_of(model, 1).backward()
+    optimizer.zero_grad()
+    with_loop(optimizer, model, 2)
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+@pytest.mark.parametrize("last_outside", [False, True])
+def test_accumulated_gradients_are_one_large_batch(clip, last_outside):
+    if clip and last_outside:
+        pytest.skip("the global norm needs every gradient before the first update")
+    model, expected = models.build(), models.build()
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=clip)
+    for first in (0, 3):
+        for micro in range(3):
+            inside = micro < 2 or not last_outside
+            with optimizer.accumulate() if inside else contextlib.nullcontext():
+                (models.loss_of(model, first + micro) / 3).backward()
+        optimizer.step()
+        for micro in range(3):
+            (models.loss_of(expected, first + micro) / 3).backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(expected.parameters(), clip)
+        sgd = torch.optim.SGD(expected.parameters(), lr=LR)
+        sgd.step()
+        sgd.zero_grad()
+    assert models.difference(model, expected) < FP32
+
+
+def test_held_gradients_and_a_global_norm_want_to_be_together():
+    model = models.build()
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=0.1)
+    with optimizer.accumulate():
+        models.loss_of(model, 0).backward()
+    with pytest.raises(RuntimeError, match="cannot add to gradients that are held"):
+        optimizer.grad_norm(models.loss_of(model, 1))
+    with pytest.raises(RuntimeError, match=r"call loss\.backward"), optimizer.accumulate():
+        optimizer.backward(models.loss_of(model, 1))
+    optimizer.step()
+
+
+def test_backward_alone_cannot_know_the_global_norm():
+    model = models.build()
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=0.1)
+    before = models.snapshot(model)
+    with pytest.raises(RuntimeError, match="clip_grad_norm needs the norm of all gradients"):
+        models.loss_of(model).backward()
+    with pytest.raises(RuntimeError, match="clip_grad_norm needs the norm of all gradients"):
+        optimizer.fused_backward(models.loss_of(model), LR)
+    assert models.same(model, before)
+    optimizer.zero_grad()
+    with_backward(optimizer, model, 0)
+
+
+def test_a_norm_is_for_one_step():
+    """The coefficient of an abandoned step must not clip the next one."""
+    model = models.build()
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=0.1)
+    optimizer.grad_norm(models.loss_of(model, 0))
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="clip_grad_norm needs the norm"):
+        models.loss_of(model, 1).backward()
+
+
+def test_grad_norm_without_clipping_only_measures():
+    model, expected = models.build(), models.build()
+    optimizer = Lomo(model, lr=LR)
+    loss = models.loss_of(model)
+    norm = optimizer.grad_norm(loss)
+    optimizer.fused_backward(loss)
+    assert norm.item() == pytest.approx(sgd_step(expected, 0), rel=1e-5)
+    assert optimizer.last_grad_norm == norm.item()
+    assert models.difference(model, expected) < FP32
+
+
+def test_a_scale_that_is_asked_for_must_be_used():
+    model = models.build()
+    optimizer = Lomo(model, lr=LR, loss_scale=128.0)
+    before = models.snapshot(model)
+    with pytest.raises(RuntimeError, match=r"loss_scale=128.0 was asked for"):
+        models.loss_of(model).backward()
+    assert models.same(model, before)
+    optimizer.zero_grad()
+    with_scaled_loop(optimizer, model, 0)
+
+
+def test_step_without_backward_does_nothing():
+    model = models.build()
+    optimizer = Lomo(model, lr=LR)
+    before = models.snapshot(model)
+    optimizer.step()
+    optimizer.zero_grad()
+    assert optimizer.param_groups[0]["step"] == 0
+    with_backward(optimizer, model, 0)
+    optimizer.step()
+    assert optimizer.param_groups[0]["step"] == 1
+    assert not models.same(model, before)
+
+
+def test_closure():
+    model, expected = models.build(), models.build()
+    optimizer = Lomo(model, lr=LR)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = models.loss_of(model)
+        loss.backward()
+        return loss
+
+    loss = optimizer.step(closure)
+    sgd_step(expected, 0)
+    assert loss.item() == pytest.approx(models.loss_of(models.build()).item())
+    assert models.difference(model, expected) < FP32
+
+
+class Spoil(torch.autograd.Function):
+    """Identity whose backward puts a value into the gradient, or raises."""
+
+    @staticmethod
+    def forward(context, x, value):
+        context.value = value
+        return x.clone()
+
+    @staticmethod
+    def backward(context, grad):
+        if context.value is None:
+            raise ZeroDivisionError("planted")
+        grad = grad.clone()
+        grad.view(-1)[0] = context.value
+        return grad, None
+
+
+def spoiled_loss(model, value, at):
+    """The loss with something wrong in the gradient that enters block `at` from above."""
+    block = model.blocks[at]
+    handle = block.register_forward_hook(lambda module, inputs, out: Spoil.apply(out, value))
+    try:
+        return models.loss_of(model)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("at", [0, 2])
+@pytest.mark.parametrize(
+    "options", [{"clip_grad_norm": 1.0}, {"loss_scale": 8.0, "clip_grad_norm": 1.0}]
+)
+def test_overflow_with_a_global_norm_writes_nothing_at_all(value, at, options):
+    model = models.build()
+    optimizer = Lomo(model, lr=LR, **options)
+    with_backward(optimizer, model, 0)
+    before = models.snapshot(model)
+    optimizer.backward(spoiled_loss(model, value, at))
+    assert optimizer.last_step_skipped
+    assert models.same(model, before)
+    with_backward(optimizer, model, 1)
+    assert not optimizer.last_step_skipped
+    assert not models.same(model, before)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"clip_grad_value": 0.1}, {"clip_grad_norm": 1.0, "norm": "tensor"}]
+)
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_overflow_in_one_backward_stops_the_rest(value, options):
+    """What backward reached before is updated; the rest and what is not finite are not."""
+    model, clean = models.build(), models.build()
+    optimizer, other = Lomo(model, lr=LR, **options), Lomo(clean, lr=LR, **options)
+    before = models.snapshot(model)
+    optimizer.backward(spoiled_loss(model, value, 1))
+    other.backward(models.loss_of(clean))
+    assert optimizer.last_step_skipped
+    assert not other.last_step_skipped
+    changed = {
+        name: not torch.equal(p, old)
+        for (name, p), old in zip(model.named_parameters(), before, strict=True)
+    }
+    assert changed["head.weight"]
+    assert changed["blocks.2.up.weight"]
+    assert torch.equal(model.head.weight, clean.head.weight)
+    assert not changed["blocks.0.up.weight"]
+    assert not changed["embedding.weight"]
+    assert all(p.isfinite().all() for p in model.parameters())
+    with_backward(optimizer, model, 1)
+    assert not optimizer.last_step_skipped
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_grad_norm": 1.0}, {"loss_scale": 8.0}])
+def test_an_exception_in_backward_leaves_the_optimizer_usable(options):
+    model = models.build()
+    optimizer = Lomo(model, lr=LR, **options)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.backward(spoiled_loss(model, None, 1))
+    assert all(p.grad is None for p in model.parameters())
+    expected = models.build()
+    expected.load_state_dict(model.state_dict())
+    with_backward(optimizer, model, 1)
+    sgd_step(expected, 1, **options)
+    assert models.difference(model, expected) < FP32
+
+
+def test_autocast_sees_the_new_weights():
+    """Autocast caches 16-bit copies of fp32 weights for the length of its block."""
+    model, expected = models.build(), models.build()
+    optimizer = Lomo(model, lr=LR)
+    with torch.autocast("cpu", torch.bfloat16):
+        optimizer.backward(models.loss_of(model, 0))
+        second = models.loss_of(model, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = models.loss_of(expected, 0)
+    loss.backward()
+    sgd = torch.optim.SGD(expected.parameters(), lr=LR)
+    sgd.step()
+    with torch.autocast("cpu", torch.bfloat16):
+        third = models.loss_of(expected, 1)
+    assert second.item() == pytest.approx(third.item(), abs=1e-4)
+    assert abs(second.item() - models.loss_of(models.build(), 1).item()) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["non-reentrant", "reentrant"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_activation_checkpointing(kind, tied):
+    model, expected = models.build(checkpointing=kind, tied=tied), models.build(tied=tied)
+    optimizer = Lomo(model, lr=LR)
+    for step in range(3):
+        with_backward(optimizer, model, step)
+        sgd_step(expected, step)
+    assert models.difference(model, expected) < FP32
+
+
+def test_the_norm_pass_wants_non_reentrant_checkpointing():
+    model, expected = models.build(checkpointing="non-reentrant"), models.build()
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=0.1)
+    with_backward(optimizer, model, 0)
+    sgd_step(expected, 0, clip_grad_norm=0.1)
+    assert models.difference(model, expected) < FP32
+    model = models.build(checkpointing="reentrant")
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=0.1)
+    before = models.snapshot(model)
+    with pytest.raises(RuntimeError, match="needs non-reentrant checkpointing"):
+        with_backward(optimizer, model, 0)
+    assert models.same(model, before)
+
+
+def test_a_weight_shared_by_reentrant_segments_is_refused():
+    """Its gradient comes in parts there; using the first part alone would be silently wrong."""
+    model = models.build(checkpointing="reentrant")
+    model.blocks[2] = model.blocks[0]
+    optimizer = Lomo(model, lr=LR)
+    with pytest.raises(RuntimeError, match=r"blocks.0.* received a second gradient"):
+        with_backward(optimizer, model, 0)
+
+
+# -- bad arguments -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"lr": -1.0}, ValueError, "lr must be a finite number of at least 0, got -1.0"),
+        ({"lr": "fast"}, ValueError, "lr must be a finite number of at least 0, got 'fast'"),
+        ({"weight_decay": math.inf}, ValueError, "weight_decay must be a finite number"),
+        ({"clip_grad_norm": 0.0}, ValueError, "clip_grad_norm must be a finite number greater"),
+        ({"clip_grad_value": -2}, ValueError, "clip_grad_value must be a finite number greater"),
+        ({"loss_scale": 0}, ValueError, "loss_scale must be a finite number greater than 0"),
+        ({"loss_scale_args": {"init_scale": 1}}, NotImplementedError, "dynamic loss scaling"),
+        ({"norm": "layer"}, ValueError, "norm must be one of ('global', 'tensor'), got 'layer'"),
+        ({"strategy": "x"}, ValueError, "strategy must be one of ('auto', 'two_backward'), got"),
+        ({"rounding": "up"}, ValueError, "rounding must be 'auto' or one of"),
+        ({"seed": -1}, ValueError, "seed must be an integer in [0, 2**64), got -1"),
+        ({"backend": "gpu"}, ValueError, "backend must be 'auto' or one of"),
+    ],
+)  # fmt: skip
+def test_bad_arguments(arguments, error, message):
+    model = models.build()
+    with pytest.raises(error, match=re.escape(message)):
+        Lomo(model, **arguments)
+    assert hooks_on(model) == 0
+
+
+def test_bad_models():
+    with pytest.raises(ValueError, match="rounding 'split' is for bfloat16 parameters"):
+        Lomo(models.build(torch.float16), rounding="split")
+    with pytest.raises(TypeError, match=r"embedding.weight must be float32.* got torch.float64"):
+        Lomo(models.build(torch.float64))
+    with pytest.raises(ValueError, match=r"empty parameter list"):
+        Lomo([])
+    embedding = nn.Embedding(5, 2, sparse=True)
+    optimizer = Lomo(embedding)
+    with pytest.raises(TypeError, match="grad must be dense"):
+        optimizer.backward(embedding(torch.tensor([1])).sum())
+
+
+def test_ddp_is_refused():
+    torch.distributed.init_process_group(
+        "gloo", rank=0, world_size=1, store=torch.distributed.HashStore()
+    )
+    try:
+        model = nn.parallel.DistributedDataParallel(models.build())
+        with pytest.raises(TypeError, match="DistributedDataParallel cannot release gradients"):
+            Lomo(model)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("backend", ops.BACKENDS)
+def test_backend_is_named(backend):
+    model = models.build()
+    if (reason := ops.unavailable(backend, "cpu")) is not None:
+        pytest.skip(reason)
+    optimizer = Lomo(model, lr=LR, backend=backend)
+    with_backward(optimizer, model, 0)
+    assert optimizer.backend == backend
+    expected = models.build()
+    with_backward(Lomo(expected, lr=LR, backend="reference"), expected, 0)
+    assert models.same(model, models.snapshot(expected))
+
+
+def test_auto_takes_the_fastest():
+    assert Lomo(models.build()).backend == "native"
