@@ -47,7 +47,7 @@ def modules():
 def room_of(module):
     """lomo_kernels.ops.native -> ops.native; lomo_kernels.optim.lomo -> optim."""
     parts = module.split(".")[1:]
-    if not parts:
+    if not parts or parts[0] == "__version__":
         return "lomo_kernels"
     dotted = ".".join(parts[:2])
     return dotted if dotted in MAY_IMPORT else parts[0]

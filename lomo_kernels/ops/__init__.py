@@ -38,6 +38,17 @@ def unavailable(name, device):
     return backend.unavailable(torch.device(device))
 
 
+def build_info():
+    """What the extension module was built with: compilers, instruction set, architectures.
+
+    Raises:
+        ImportError: it was not built.
+    """
+    from .native import build_info
+
+    return build_info()
+
+
 @functools.lru_cache
 def pick_backend(device, name="auto"):
     """The module that runs the operations on `device`.

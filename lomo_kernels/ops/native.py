@@ -13,12 +13,18 @@ NORM_CHUNK = _C.norm_chunk
 
 def build_info():
     """What the extension module was compiled with, for `lomo-kernels doctor`."""
-    return {
+    info = {
         "compiler": _C.compiler,
         "cpu instruction set": _C.cpu_instruction_set(),
-        "cuda compiler": _C.cuda_compiler or None,
-        "cuda architectures": _C.cuda_architectures or None,
+        "cuda compiler": _C.cuda_compiler or "none: built without CUDA",
+        "cuda architectures": _C.cuda_architectures or "none",
     }
+    if _C.cuda_architectures:
+        try:
+            info["cuda devices"] = str(_C.cuda_device_count())
+        except RuntimeError as error:
+            info["cuda devices"] = f"none: {error}"
+    return info
 
 
 def unavailable(device):

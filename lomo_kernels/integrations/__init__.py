@@ -1,0 +1,1 @@
+"""Doors to other libraries; the only rooms that import them."""

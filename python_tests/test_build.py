@@ -1,0 +1,148 @@
+"""The build as a user meets it: sdist, wheel, with and without nvcc, and what it says."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A copy of what git has or would take, without anything that a build left behind."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout: its clean files cannot be told from built ones")
+    listed = subprocess.run(
+        ["git", "-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    target = tmp_path_factory.mktemp("source")
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, target / name)
+    return target
+
+
+def environment(**changes):
+    kept = {
+        k: v for k, v in os.environ.items() if not k.startswith(("LOMO_", "CUDA", "PYTHONPATH"))
+    }
+    return {**kept, **changes}
+
+
+@pytest.fixture(scope="module")
+def built(source, tmp_path_factory):
+    """An sdist, and a wheel that was built from it in an isolated environment without torch."""
+    folder = tmp_path_factory.mktemp("dist")
+    subprocess.run(
+        [sys.executable, "-m", "build", "--quiet", "--outdir", folder, source],
+        check=True, env=environment(LOMO_CUDA="OFF"), stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
+    return sdist, wheel
+
+
+def test_sdist_holds_what_the_build_needs_and_no_tests(built):
+    with tarfile.open(built[0]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    tracked = {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
+    assert tracked <= names
+    assert {"setup.py", "CMakeLists.txt", "pyproject.toml", "LICENSE", "README.md"} <= names
+    assert not [n for n in names if n.startswith(("python_tests/", "bench/")) or n.endswith(".so")]
+
+
+def test_wheel_holds_the_package_alone(built):
+    with zipfile.ZipFile(built[1]) as archive:
+        names = archive.namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"lomo_kernels"}
+    assert len([name for name in names if name.startswith("lomo_kernels/_C.")]) == 1
+    modules = {str(p.relative_to(ROOT)) for p in (ROOT / "lomo_kernels").rglob("*.py")}
+    assert modules <= set(names)
+
+
+def test_wheel_installs_and_its_doctor_is_content(built, tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index",
+         "--target", tmp_path, built[1]],
+        check=True, env=environment(),
+    )  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, "-c", "import sys; from lomo_kernels.cli import main; sys.exit(main())",
+         "doctor"],
+        cwd=tmp_path, capture_output=True, text=True, env=environment(PYTHONPATH=str(tmp_path)),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "native on cpu           runs" in result.stdout
+    assert "cuda compiler           none: built without CUDA" in result.stdout
+
+
+def configure(folder, *options, **variables):
+    """CMake's configure step alone: (exit code, output)."""
+    import pybind11
+
+    if (cmake := shutil.which("cmake")) is None:
+        pytest.skip("cmake is not on PATH")
+    result = subprocess.run(
+        [cmake, "-S", ROOT, "-B", folder, f"-DPython_EXECUTABLE={sys.executable}",
+         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", *options],
+        capture_output=True, text=True, env=environment(**variables),
+    )  # fmt: skip
+    return result.returncode, " ".join((result.stdout + result.stderr).split())
+
+
+def path_without_nvcc(folder):
+    """A PATH on which everything but nvcc is found."""
+    tools = folder / "tools"
+    tools.mkdir()
+    for name in ("cmake", "c++", "g++", "gcc", "cc", "make", "ninja", "ld", "as", "ar", "ranlib"):
+        if (found := shutil.which(name)) is not None:
+            (tools / name).symlink_to(found)
+    return str(tools)
+
+
+def test_without_nvcc(tmp_path):
+    path = path_without_nvcc(tmp_path)
+    code, printed = configure(tmp_path / "auto", PATH=path)
+    assert code == 0, printed
+    assert "no nvcc on PATH or through CUDA_HOME, building for the CPU only" in printed
+    code, printed = configure(tmp_path / "on", PATH=path, LOMO_CUDA="ON")
+    assert code != 0
+    assert "LOMO_CUDA=ON, but no nvcc was found on PATH or through CUDA_HOME" in printed
+
+
+def test_nvcc_through_cuda_home(tmp_path):
+    nvcc = shutil.which("nvcc")
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    if nvcc is None or not (Path(home) / "bin" / "nvcc").exists():
+        pytest.skip("no CUDA toolkit with a bin/nvcc is installed")
+    code, printed = configure(
+        tmp_path / "home", PATH=path_without_nvcc(tmp_path), CUDA_HOME=home, LOMO_CUDA="ON",
+        LOMO_CUDA_ARCHS="90",
+    )  # fmt: skip
+    assert code == 0, printed
+    assert f"lomo_kernels: {home}/bin/nvcc for 90" in printed
+
+
+def test_a_wrong_choice_is_refused(tmp_path):
+    code, printed = configure(tmp_path, LOMO_CUDA="MAYBE")
+    assert code != 0
+    assert "LOMO_CUDA must be AUTO, ON or OFF, got 'MAYBE'" in printed
+
+
+def test_the_module_needs_no_driver_and_no_cuda_library():
+    """cudart is static: what is not linked cannot be missing on a machine without a driver."""
+    from lomo_kernels import _C
+
+    if shutil.which("ldd") is None:
+        pytest.skip("ldd is not installed")
+    linked = subprocess.run(["ldd", _C.__file__], capture_output=True, text=True, check=True).stdout
+    assert "libcuda" not in linked
+    assert "torch" not in linked

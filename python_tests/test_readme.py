@@ -1,0 +1,66 @@
+"""README keeps its promises: commands, options, names, numbers and code."""
+
+import argparse
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lomo_kernels
+from lomo_kernels import cli, finetune, memory, ops
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_tables_are_drawn_from_the_committed_rows():
+    result = subprocess.run(
+        [sys.executable, "-m", "bench.readme", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("module", [lomo_kernels, ops, finetune, memory], ids=lambda m: m.__name__)
+def test_every_public_name_is_listed(module):
+    for name in module.__all__:
+        assert re.search(rf"`(\w+\.)*{name}\b", README), f"{module.__name__}.{name}"
+
+
+def options():
+    parser = cli._parser()
+    commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    for action in commands.choices["finetune"]._actions:
+        if not isinstance(action, argparse._HelpAction):
+            yield action.option_strings[0]
+
+
+def test_every_option_has_a_line_and_a_test():
+    tests = (ROOT / "python_tests" / "test_finetune.py").read_text()
+    for option in options():
+        assert f"`{option}`" in README, option
+        assert f'"{option}"' in tests, option
+    for option in re.findall(r"`(--[a-z-]+)`", README):
+        assert option in set(options()), option
+
+
+def test_ci_runs_the_command_that_readme_gives():
+    command = next(line for line in README.splitlines() if "requirements-test.txt" in line)
+    assert command.startswith("python3 -m venv .venv")
+    assert "requirements-test.txt" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_script_runs(tmp_path, monkeypatch):
+    """On a model of a few thousand parameters instead of the real one."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    from test_finetune import make_tiny
+
+    folder = make_tiny(tmp_path / "tiny")
+    script = re.search(r"script: begin -->\n```python\n(.*?)```", README, re.DOTALL)[1]
+    assert len([line for line in script.splitlines() if line.strip()]) <= 32
+    (name,) = re.findall(r'"(HuggingFaceTB/[^"]+)"', script)
+    script = script.replace(name, folder).replace("32, 4, 128", "4, 4, 32")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(script, "README.md", "exec"), {})
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "finetuned")
