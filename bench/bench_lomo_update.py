@@ -2,11 +2,13 @@
 
     python -m bench.bench_lomo_update [--numel 67108864] [--rounds 15]
 
-Rivals run in turn, round after round, so that what slows the machine slows all of them; each row
-has the median and the 20th and 80th percentile. `bytes` is what an element must move at least.
+Rivals run in turn, in another order each round, so that what slows the machine and what the one
+before left in the caches meets all of them; a row has the median and the 20th and 80th percentile.
+`bytes` is what an element must move at least.
 """
 
 import argparse
+import random
 import time
 
 import torch
@@ -71,8 +73,11 @@ def measure(dtype, numel, rounds):
     functions = rivals(dtype, numel)
     for _, run in functions.values():
         run()
-    for _ in range(rounds):
-        for name, (_, run) in functions.items():
+    order = list(functions)
+    for round in range(rounds):
+        random.Random(round).shuffle(order)
+        for name in order:
+            run = functions[name][1]
             start = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - start)

@@ -269,6 +269,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise RuntimeError("the step before is not closed: call step() or zero_grad() first")
         if self._holding:
             raise RuntimeError("under accumulate() call loss.backward() itself")
+        if not self._attached:
+            raise RuntimeError("the hooks were removed: call loss.backward() and step()")
+        self._release.attach(self._params())  # those that were frozen until now
 
     def _on_gradient(self, param):
         """The hook: `param.grad` is complete."""
