@@ -38,6 +38,9 @@ def commit():
     return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
 
 
+COMMIT = commit()  # when the code is loaded, not when the rows are written
+
+
 def context():
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
     versions = {"lomo_kernels": lomo_kernels.__version__, "python": platform.python_version()}
@@ -48,7 +51,7 @@ def context():
         "date": datetime.date.today().isoformat(),
         "device": device,
         "versions": " ".join(f"{name} {version}" for name, version in versions.items()),
-        "commit": commit(),
+        "commit": COMMIT,
     }
 
 
