@@ -603,7 +603,7 @@ def test_accumulated_gradients_are_one_large_batch(clip, last_outside):
 
 def test_held_gradients_and_a_global_norm_want_to_be_together():
     model = models.build()
-    optimizer = Lomo(model, lr=LR, clip_grad_norm=0.1)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=0.1, strategy="two_backward")
     with optimizer.accumulate():
         models.loss_of(model, 0).backward()
     with pytest.raises(RuntimeError, match="cannot add to gradients that are held"):
@@ -615,7 +615,7 @@ def test_held_gradients_and_a_global_norm_want_to_be_together():
 
 def test_backward_alone_cannot_know_the_global_norm():
     model = models.build()
-    optimizer = Lomo(model, lr=LR, clip_grad_norm=0.1)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=0.1, strategy="two_backward")
     before = models.snapshot(model)
     with pytest.raises(RuntimeError, match="clip_grad_norm needs the norm of all gradients"):
         models.loss_of(model).backward()
@@ -629,7 +629,7 @@ def test_backward_alone_cannot_know_the_global_norm():
 def test_a_norm_is_for_one_step():
     """The coefficient of an abandoned step must not clip the next one."""
     model = models.build()
-    optimizer = Lomo(model, lr=LR, clip_grad_norm=0.1)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=0.1, strategy="two_backward")
     optimizer.grad_norm(models.loss_of(model, 0))
     optimizer.zero_grad()
     with pytest.raises(RuntimeError, match="clip_grad_norm needs the norm"):
@@ -804,12 +804,12 @@ def test_activation_checkpointing(kind, tied):
 
 def test_the_norm_pass_wants_non_reentrant_checkpointing():
     model, expected = models.build(checkpointing="non-reentrant"), models.build()
-    optimizer = Lomo(model, lr=LR, clip_grad_norm=0.1)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=0.1, strategy="two_backward")
     with_backward(optimizer, model, 0)
     sgd_step(expected, 0, clip_grad_norm=0.1)
     assert models.difference(model, expected) < FP32
     model = models.build(checkpointing="reentrant")
-    optimizer = Lomo(model, lr=LR, clip_grad_norm=0.1)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=0.1, strategy="two_backward")
     before = models.snapshot(model)
     with pytest.raises(RuntimeError, match="needs non-reentrant checkpointing"):
         with_backward(optimizer, model, 0)
@@ -839,7 +839,9 @@ def test_a_weight_shared_by_reentrant_segments_is_refused():
         ({"loss_scale": 0}, ValueError, "loss_scale must be a finite number greater than 0"),
         ({"loss_scale_args": {"init_scale": 1}}, NotImplementedError, "dynamic loss scaling"),
         ({"norm": "layer"}, ValueError, "norm must be one of ('global', 'tensor'), got 'layer'"),
-        ({"strategy": "x"}, ValueError, "strategy must be one of ('auto', 'two_backward'), got"),
+        ({"strategy": "x"}, ValueError, "strategy must be one of ('auto', 'one_backward', 'two_"),
+        ({"factor_budget": -1}, ValueError, "factor_budget must be at least 0 bytes, got -1"),
+        ({"factor_budget": 1.5}, TypeError, "factor_budget must be a number of bytes or None, got"),
         ({"rounding": "up"}, ValueError, "rounding must be 'auto' or one of"),
         ({"seed": -1}, ValueError, "seed must be an integer in [0, 2**64), got -1"),
         ({"backend": "gpu"}, ValueError, "backend must be 'auto' or one of"),

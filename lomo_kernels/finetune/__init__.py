@@ -56,6 +56,7 @@ class Settings:
     length: int = 128
     clip_grad_norm: float | None = 1.0
     norm: str = "global"
+    strategy: str = "auto"
     clip_grad_value: float | None = None
     weight_decay: float = 0.0
     loss_scale: float | None = None
@@ -98,7 +99,8 @@ def _check(fine, name, wanted, settings):
 
 @dataclass(frozen=True)
 class Report:
-    """What a run gave; `gradient_bytes` and `state_bytes` are measured peaks."""
+    """What a run gave; `gradient_bytes` (gradients, or what waits in their place) and `state_bytes`
+    are measured peaks."""
 
     optimizer: str
     before: Score
@@ -239,7 +241,8 @@ class _Job:
         progress["skipped"] += skipped
         seconds = time.perf_counter() - started
         progress["seconds"] += seconds
-        progress["gradients"] = max(progress["gradients"], self.held.peak)
+        waiting = getattr(self.optimizer, "last_waiting_bytes", 0)
+        progress["gradients"] = max(progress["gradients"], self.held.peak, waiting)
         progress["states"] = max(progress["states"], state_bytes(self.optimizer))
         tokens = int(batch["attention_mask"].sum())
         show(step + 1, value, norm, tokens / seconds)
@@ -274,8 +277,11 @@ class _Job:
     def _report(self, after):
         progress = self.progress
         last = progress["losses"][-max(1, len(progress["losses"]) // 10) :]
+        name = self.settings.optimizer
+        if name == "lomo" and self.settings.strategy != "auto":
+            name += f" ({self.settings.strategy})"
         return Report(
-            optimizer=f"{self.settings.optimizer}, lr {self.settings.lr:g}",
+            optimizer=f"{name}, lr {self.settings.lr:g}",
             before=Score(**progress["before"]),
             after=after,
             loss=sum(last) / len(last),
@@ -316,6 +322,7 @@ def _optimizer(settings, model):
             clip_grad_value=settings.clip_grad_value,
             weight_decay=settings.weight_decay,
             norm=settings.norm,
+            strategy=settings.strategy,
             loss_scale=settings.loss_scale,
             rounding=settings.rounding,
             backend=settings.backend,

@@ -23,6 +23,8 @@ class HeldBytes:
 
     def _appeared(self, param):
         grad = param.grad
+        if grad is None:  # torch also calls when nothing flowed into the parameter
+            return
         key = id(grad)
         if key in self._counted:  # a later micro-batch was added to it
             return

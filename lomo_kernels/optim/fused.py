@@ -1,18 +1,23 @@
 """What the optimizers share: hooks, the three ways to drive a step, clipping and loss scale."""
 
 import contextlib
+import logging
 import math
 import weakref
+from collections import Counter
 
 import torch
 
 from .. import ops
 from .clipping import SquaredNorms, clip_coefficient
 from .decisions import Decisions
+from .linear import Cancellation, Factors, Pending, gram_is_cheaper, gram_sumsq, tokens_of, watched
 from .release import GradientRelease
 
 NORMS = ("global", "tensor")
-STRATEGIES = ("auto", "two_backward")
+STRATEGIES = ("auto", "one_backward", "two_backward")
+
+logger = logging.getLogger("lomo_kernels")
 
 
 class _Step:
@@ -20,6 +25,7 @@ class _Step:
 
     def __init__(self):
         self.updated = set()  # ids of the parameters whose gradient was used
+        self.pending = {}  # id(param) -> Pending: gradients that wait for the norm
         self.decisions = {}  # device -> Decisions
         self.loss_is_scaled = False
         self.norm_known = False
@@ -33,11 +39,26 @@ class _Step:
 class FusedOptimizer(torch.optim.Optimizer):
     """A torch optimizer whose updates happen inside backward, one parameter at a time.
 
-    Subclasses give `update_param(param, grad, group, param_id, scalars)`.
+    Subclasses give `update_param(param, grad, group, param_id, scalars, first_row)`.
+
+    Note [Strategies]
+    A global norm must be known before the first update. Gradients can wait for it, most of them as
+    the two factors that they are a product of (linear.py): one backward, and `step()` finds the
+    norm and applies the updates. Or backward runs twice and no gradient waits, as in the paper.
+    While gradients wait nothing is written, so a second backward before `step()` adds to them.
     """
 
     def __init__(
-        self, model_or_params, defaults, *, clip_grad_norm, norm, strategy, loss_scale, backend
+        self,
+        model_or_params,
+        defaults,
+        *,
+        clip_grad_norm,
+        norm,
+        strategy,
+        factor_budget,
+        loss_scale,
+        backend,
     ):
         self._ready = False  # the base class adds the first groups before the rest exists
         self.clip_grad_norm = _positive_or_none("clip_grad_norm", clip_grad_norm)
@@ -46,14 +67,24 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
         if strategy not in STRATEGIES:
             raise ValueError(f"strategy must be one of {STRATEGIES}, got {strategy!r}")
+        if factor_budget is not None:
+            if isinstance(factor_budget, bool) or not isinstance(factor_budget, int):
+                got = type(factor_budget).__name__
+                raise TypeError(f"factor_budget must be a number of bytes or None, got {got}")
+            if factor_budget < 0:
+                raise ValueError(f"factor_budget must be at least 0 bytes, got {factor_budget}")
         self.norm = norm
         self.strategy = strategy
+        self.factor_budget = factor_budget
         self._backend = backend
         self._names = {}
         self._places = {}  # id(param) -> (index of its group, param_id)
         self._last = None
         self._holding = self._measuring = False
         self._norms = None
+        self._factors = Factors(self._on_product)
+        self._cancellation = Cancellation()
+        self._choice = self._report = None
         if isinstance(model_or_params, torch.nn.Module):
             _refuse_wrapper(model_or_params)
             self._names = {id(p): name for name, p in model_or_params.named_parameters()}
@@ -62,8 +93,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._step = _Step()
         self._ready = self._attached = True
         self._release = GradientRelease(self._on_gradient)
-        self._release.attach(self._params())
-        weakref.finalize(self, self._release.remove).atexit = False
+        self._attach(self._params())
+        for take_off in (self._release.remove, self._factors.unwatch):
+            weakref.finalize(self, take_off).atexit = False
 
     # -- torch.optim.Optimizer ---------------------------------------------------------------------
 
@@ -79,7 +111,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for param in group["params"]:
             self._places[id(param)] = (len(self.param_groups) - 1, len(self._places))
         if self._ready and self._attached:
-            self._release.attach(group["params"])
+            self._attach(group["params"])
 
     def _check_group(self, group):
         for key in ("lr", "weight_decay"):
@@ -94,6 +126,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             if param.requires_grad and param.dtype not in ops.DTYPES:
                 raise TypeError(f"{name} must be float32, bfloat16 or float16, got {param.dtype}")
             ops.pick_backend(param.device, self._backend)
+            if watched(param):
+                raise ValueError(
+                    f"{name} belongs to another optimizer already: call its remove() first"
+                )
 
     def step(self, closure=None):
         """Closes the step: uses the gradients that were held back and advances the counters.
@@ -106,11 +142,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         held = [p for p in self._params() if p.grad is not None]
-        if held:
+        if held or self._step.pending:
             self._update_held(held)
         if self._attached:
-            self._release.attach(self._params())  # those that were frozen until now
+            self._attach(self._params())  # those that were frozen until now
         self._close()
+        self._factors.seen.clear()
         return loss
 
     def zero_grad(self, set_to_none=True):
@@ -142,23 +179,29 @@ class FusedOptimizer(torch.optim.Optimizer):
     # -- driving a step ----------------------------------------------------------------------------
 
     def backward(self, loss):
-        """One whole step: the norm pass if clipping needs one, backward with updates, `step()`."""
+        """One whole step: backward, once or twice as clipping and `strategy` need, and `step()`."""
         if self._global_norm:
             self.grad_norm(loss)
         self.fused_backward(loss)
 
     def grad_norm(self, loss):
-        """The first of LOMO's two backwards: the global norm, each gradient freed at once.
+        """The global norm of the gradients of `loss`, before the first update.
 
-        With `clip_grad_norm` and norm="global" it also fixes the clip coefficient for the backward
-        that follows, and whether that one may write at all: a non-finite gradient anywhere skips
-        the whole step. The graph of `loss` is kept.
+        With `clip_grad_norm` and norm="global" it also fixes the clip coefficient for the updates
+        that follow, and whether they may write at all: a non-finite gradient anywhere skips the
+        whole step. With one backward the gradients wait for `fused_backward` or `step()`, and the
+        graph of `loss` is gone; with two nothing waits, and the graph is kept.
 
         Returns:
             The total norm before clipping, a float32 tensor on the device (the host does not wait).
         """
         self._open_for_backward()
-        if any(p.grad is not None for p in self._params()):
+        if self._global_norm and self._choose() == "one_backward":
+            with self._dropping_on_error():
+                self.scale(loss).backward()
+                self._norm_of_pending()
+            return self._step.grad_norm
+        if self._step.pending or any(p.grad is not None for p in self._params()):
             raise RuntimeError(
                 "grad_norm() cannot add to gradients that are held: run every backward of the step "
                 "under `with optimizer.accumulate():` and then step(), or call zero_grad() first"
@@ -185,6 +228,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     def fused_backward(self, loss, lr=None):
         """Backward with every update inside it, then `step()`.
 
+        After a `grad_norm(loss)` that left the gradients waiting there is no second backward: only
+        the updates.
+
         Args:
             loss: a scalar tensor; multiplied by `loss_scale` here.
             lr: sets the learning rate of every group; None keeps each group's own.
@@ -193,12 +239,19 @@ class FusedOptimizer(torch.optim.Optimizer):
             for group in self.param_groups:
                 group["lr"] = lr
         self._open_for_backward()
+        if not (self._step.pending and self._step.norm_known):
+            with self._dropping_on_error():
+                self.scale(loss).backward()
+        self.step()
+
+    @contextlib.contextmanager
+    def _dropping_on_error(self):
+        """What an interrupted backward left waiting is dropped, what it has written stays."""
         try:
-            self.scale(loss).backward()
+            yield
         except BaseException:
             self._close()
             raise
-        self.step()
 
     def scale(self, loss):
         """loss * loss_scale, for `opt.scale(loss).backward()`; the updates divide by it again."""
@@ -209,11 +262,12 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @contextlib.contextmanager
     def accumulate(self):
-        """Holds the gradients of the backwards inside in `param.grad`, in the ordinary way.
+        """Adds up the gradients of several backwards before they are used.
 
-        They take the memory of all gradients. The next backward outside adds to them and uses the
-        sum; or `step()` does. With clip_grad_norm and norm="global", run every backward of the step
-        inside and then call `step()`, which has all gradients for the norm.
+        They are held in `param.grad`, in the ordinary way and the memory of all gradients. The next
+        backward outside adds to them and uses the sum; or `step()` does. With clip_grad_norm and
+        norm="global" gradients wait for `step()` anyway, as factors where those are smaller (see
+        `strategy`); with strategy="two_backward" run every backward of the step inside.
         """
         before, self._holding = self._holding, True
         try:
@@ -225,6 +279,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Takes the hooks off the model. `step()` then updates from `param.grad`, as in torch."""
         self._attached = False
         self._release.remove()
+        self._factors.unwatch()
 
     # -- what happened -----------------------------------------------------------------------------
 
@@ -251,11 +306,56 @@ class FusedOptimizer(torch.optim.Optimizer):
         norm = None if self._last is None else self._last.grad_norm
         return None if norm is None else float(norm)
 
+    @property
+    def last_waiting_bytes(self):
+        """Bytes of factors and gradients that waited for the norm at the end of the last backward.
+
+        Beside activations that are not recomputed they do not raise the peak of a step: backward
+        frees more than it keeps.
+        """
+        return self._report["bytes"] if self._report else 0
+
+    def explain(self):
+        """What the strategy is, why, and what waited for the norm in the last step: a text."""
+        if not self._global_norm:
+            return "no global norm: each gradient is used in backward and freed at once"
+        lines = [f"strategy {self._choice[0]}: {self._choice[1]}"] if self._choice else []
+        if self._report is not None:
+            r = self._report
+            lines.append(
+                f"until the norm was known {r['factored']} weights kept factors in place of "
+                f"{_mib(r['factored_gradient_bytes'])} of gradients, {r['held']} parameters their "
+                f"gradients, {_mib(r['held_bytes'])}; {_mib(r['bytes'])} in all"
+            )
+            if r["largest"]:
+                lines.append(f"largest gradients held: {', '.join(r['largest'])}")
+            lines.append(
+                f"norms: {r['gram']} by Gram matrices, {r['blocks']} by blocks of the gradient, "
+                f"{r['held']} of held gradients"
+            )
+        return "\n".join(lines) or f"strategy {self.strategy}: no step was made yet"
+
     # -- inside ------------------------------------------------------------------------------------
 
     @property
     def _global_norm(self):
         return self.clip_grad_norm is not None and self.norm == "global"
+
+    @property
+    def _waits(self):
+        """Whether gradients that arrive now wait for the norm; see Note [Strategies]."""
+        return (
+            self._global_norm
+            and self.strategy != "two_backward"
+            and not self._measuring
+            and not self._step.norm_known
+        )
+
+    def _attach(self, params):
+        params = list(params)
+        self._release.attach(params)
+        if self._global_norm:
+            self._factors.watch(params)
 
     def _params(self):
         return (param for group in self.param_groups for param in group["params"])
@@ -271,68 +371,150 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise RuntimeError("under accumulate() call loss.backward() itself")
         if not self._attached:
             raise RuntimeError("the hooks were removed: call loss.backward() and step()")
-        self._release.attach(self._params())  # those that were frozen until now
+        self._attach(self._params())  # those that were frozen until now
+
+    def _choose(self):
+        """One backward or two, from what the forwards of this step did."""
+        if self.strategy != "auto":
+            choice = self.strategy, "asked for"
+        elif self._step.pending:
+            choice = "one_backward", "gradients of this step wait already"
+        else:
+            budget = self.factor_budget
+            if budget is None:
+                budget = sum(p.nbytes for p in self._params()) // 4
+            needed = self._factors.bytes_to_wait()
+            # Without recomputation factors replace activations that backward is freeing.
+            fits = needed <= budget
+            choice = (
+                "one_backward" if fits else "two_backward",
+                f"beside recomputed activations {_mib(needed)} would wait for the norm, "
+                f"{'within' if fits else 'above'} the budget of {_mib(budget)}"
+                if needed
+                else "what waits for the norm replaces activations that backward frees",
+            )
+        if self._choice is None or self._choice[0] != choice[0]:
+            logger.info("strategy %s: %s", *choice)
+        self._choice = choice
+        return choice[0]
+
+    def _on_product(self, param, use):
+        """In backward: a product's factors; whether they are taken in place of a gradient."""
+        if self._measuring:
+            return self._measure_product(param, use)
+        if not self._waits:
+            return False
+        pending = self._pending(param, use.right.device)
+        if pending.grad is not None or pending.nbytes + use.nbytes > param.nbytes:
+            return False  # the gradient itself is smaller
+        pending.uses.append(use)
+        return True
+
+    def _pending(self, param, device):
+        self._decisions(device)  # asks whether the loss was scaled
+        return self._step.pending.setdefault(id(param), Pending(param))
+
+    @torch.no_grad()
+    def _measure_product(self, param, use):
+        """In the first of two backwards: the norm from the factors, where that costs less."""
+        device, param_id = use.right.device, self._places[id(param)][1]
+        if not self._factors.used_once(param) or id(param) in self._step.updated:
+            return False
+        if not gram_is_cheaper(tokens_of([use]), *param.shape):
+            return False
+        taken = self._gram(device, param_id, [use])
+        if taken:
+            self._step.updated.add(id(param))
+        return taken
+
+    def _gram(self, device, param_id, uses):
+        """Writes the squared norm of a product from Gram matrices, unless they cancel."""
+        if not self._cancellation.trusts(param_id):
+            return False
+        total, magnitude = gram_sumsq(uses)
+        if not self._cancellation.note(param_id, total, magnitude):
+            return False
+        decisions = self._decisions(device)
+        if decisions.inv_scale is not None:
+            total = total * decisions.inv_scale.double().square()
+        decisions.skip.masked_fill_(~total.isfinite(), 1.0)
+        self._norms.slot(device, param_id).copy_(total)
+        return True
 
     def _on_gradient(self, param):
         """The hook: `param.grad` is complete."""
-        if self._holding:
+        if self._holding and not self._waits:
             return
         grad, param.grad = param.grad, None
+        if grad is None and (id(param) in self._step.pending or self._measuring):
+            return  # all of it is in factors
         if grad is None:
             raise RuntimeError(
                 f"the gradient of {self._name(param)} was taken by another hook: does another "
                 "optimizer still update this parameter? Call its remove() first"
             )
-        self._use(param, grad)
+        if self._waits:
+            self._pending(param, grad.device).hold(grad)
+        elif self._step.pending:
+            raise RuntimeError(
+                "the gradients of this step are known and wait: call fused_backward(loss, lr) or "
+                "step(), not another backward"
+            )
+        else:
+            self._use(param, grad)
 
     def _use(self, param, grad):
+        """One gradient, in the backward that measures or in the one that updates."""
         if id(param) in self._step.updated:
             raise RuntimeError(
                 f"{self._name(param)} received a second gradient in one step: call step() after "
                 "each backward, or put the earlier ones of a step under "
                 "`with optimizer.accumulate():`"
             )
-        group_index, param_id = self._places[id(param)]
         decisions = self._decisions(grad.device)
+        if self._global_norm and not self._step.norm_known and not self._measuring:
+            raise RuntimeError(
+                "with strategy='two_backward' clip_grad_norm needs the norm of all gradients "
+                "before the first update: call optimizer.backward(loss), or grad_norm(loss) and "
+                "then fused_backward(loss, lr), or hold the gradients (`with optimizer."
+                "accumulate(): loss.backward()`, then step()), or take another strategy"
+            )
         self._step.updated.add(id(param))
         if self._measuring:
-            ops.grad_sumsq_(
-                self._norms.slot(grad.device, param_id), grad, inv_scale=decisions.inv_scale,
-                found_inf=decisions.skip, backend=self._backend,
-            )  # fmt: skip
-            return
-        if self._global_norm and not self._step.norm_known:
-            self._step.updated.discard(id(param))
-            raise RuntimeError(
-                "clip_grad_norm needs the norm of all gradients before the first update: call "
-                "optimizer.backward(loss), or grad_norm(loss) and then fused_backward(loss, lr), "
-                "or hold the gradients (`with optimizer.accumulate(): loss.backward()`, then "
-                "step()), or clip each tensor by its own norm (norm='tensor')"
-            )
-        skip, found_inf = decisions.next_flags()
-        clip_coef = decisions.clip_coef
-        if self.clip_grad_norm is not None and self.norm == "tensor":
-            clip_coef = self._own_coefficient(grad, param_id, decisions.inv_scale, skip)
-        self.update_param(
-            param,
-            grad,
-            self.param_groups[group_index],
-            param_id,
-            {
-                "inv_scale": decisions.inv_scale,
-                "clip_coef": clip_coef,
-                "found_inf": found_inf,
-                "skip": skip,
-            },
-        )
+            self._measure(param, grad)
+        else:
+            coef = decisions.clip_coef
+            if self.clip_grad_norm is not None and self.norm == "tensor":
+                coef = self._own_coefficient(param, grad)
+            self._apply(param, grad, coef)
 
-    def _own_coefficient(self, grad, param_id, inv_scale, found_inf):
+    def _measure(self, param, grad, out=None):
+        """Squared norm of a gradient, into the parameter's slot or `out`."""
+        decisions = self._decisions(grad.device)
+        if out is None:
+            out = self._norms.slot(grad.device, self._places[id(param)][1])
+        ops.grad_sumsq_(
+            out, grad, inv_scale=decisions.inv_scale, found_inf=decisions.skip,
+            backend=self._backend,
+        )  # fmt: skip
+
+    def _apply(self, param, grad, clip_coef, first_row=0):
+        group_index, param_id = self._places[id(param)]
+        decisions = self._decisions(grad.device)
+        skip, found_inf = decisions.next_flags()
+        scalars = {
+            "inv_scale": decisions.inv_scale,
+            "clip_coef": clip_coef,
+            "found_inf": found_inf,
+            "skip": skip,
+        }
+        self.update_param(param, grad, self.param_groups[group_index], param_id, scalars, first_row)
+
+    def _own_coefficient(self, param, grad):
         if self._norms is None:
             self._norms = SquaredNorms(len(self._places))
-        sumsq = self._norms.slot(grad.device, param_id)
-        ops.grad_sumsq_(
-            sumsq, grad, inv_scale=inv_scale, found_inf=found_inf, backend=self._backend
-        )
+        sumsq = self._norms.slot(grad.device, self._places[id(param)][1])
+        self._measure(param, grad, sumsq)
         return clip_coefficient(sumsq.sqrt(), self.clip_grad_norm)
 
     def _decisions(self, device):
@@ -348,27 +530,68 @@ class FusedOptimizer(torch.optim.Optimizer):
             found = self._step.decisions[device] = Decisions(device, inv_scale)
         return found
 
+    @torch.no_grad()
     def _update_held(self, held):
-        """The gradients of `accumulate()`, and of parameters that had no hook yet."""
-        if self._global_norm:
-            if self._step.updated:
-                raise RuntimeError(
-                    "clip_grad_norm needs the norm of all gradients before the first update, but "
-                    f"{self._name(held[0])} still holds one: run every backward of the step under "
-                    "`with optimizer.accumulate():`"
-                )
-            self._norms = SquaredNorms(len(self._places))
-            self._measuring = True
-            try:
-                for param in held:
-                    self._use(param, param.grad)
-            finally:
-                self._measuring = False
-                self._step.updated.clear()
-            self._decide(self._norms)
+        """Everything that waits: for the norm, under `accumulate()`, or for want of a hook."""
+        if self._global_norm and self._step.updated:
+            raise RuntimeError(
+                "clip_grad_norm needs the norm of all gradients before the first update, but "
+                f"{self._name(held[0])} still holds one: run every backward of the step under "
+                "`with optimizer.accumulate():`"
+            )
         for param in held:
             grad, param.grad = param.grad, None
-            self._use(param, grad)
+            if self._global_norm:
+                self._pending(param, grad.device).hold(grad)
+            else:
+                self._use(param, grad)
+        if not self._global_norm:
+            return
+        if not self._step.norm_known:
+            self._norm_of_pending()
+        # Newest first: what backward made last lies in caches still.
+        while self._step.pending:
+            _, pending = self._step.pending.popitem()
+            self._step.updated.add(id(pending.param))
+            for first_row, grad in pending.blocks():
+                coef = self._decisions(grad.device).clip_coef
+                self._apply(pending.param, grad, coef, first_row)
+
+    @torch.no_grad()
+    def _norm_of_pending(self):
+        """The norm of what waits, from factors where that costs less."""
+        self._norms = SquaredNorms(len(self._places))
+        report = self._report = Counter()
+        sizes, storages = [], {}
+        for pending in self._step.pending.values():
+            pending.check()
+            param, uses = pending.param, pending.uses
+            for tensor in pending.tensors:  # one input may feed several weights
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+            if not uses:
+                self._measure(param, pending.grad)
+                report["held"] += 1
+                report["held_bytes"] += pending.grad.nbytes
+                sizes.append((pending.grad.nbytes, self._name(param)))
+                continue
+            report["factored"] += 1
+            report["factored_gradient_bytes"] += param.nbytes
+            device, param_id = uses[0].right.device, self._places[id(param)][1]
+            small = pending.grad is None and gram_is_cheaper(tokens_of(uses), *param.shape)
+            if small and self._gram(device, param_id, uses):
+                report["gram"] += 1
+                continue
+            report["blocks"] += 1
+            slot = self._norms.slot(device, param_id).zero_()
+            part = torch.empty_like(slot)
+            for _, grad in pending.blocks():
+                self._measure(param, grad, part)
+                slot += part
+        report["bytes"] = sum(storages.values())
+        self._cancellation.close()
+        self._decide(self._norms)
+        report["largest"] = [name for _, name in sorted(sizes, reverse=True)[:3]]
 
     @torch.no_grad()
     def _decide(self, norms):
@@ -403,6 +626,10 @@ def _positive_or_none(name, value):
     if not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a finite number greater than 0, or None, got {value!r}")
     return float(value)
+
+
+def _mib(size):
+    return f"{size / 2**20:.1f} MiB"
 
 
 def _refuse_wrapper(model):

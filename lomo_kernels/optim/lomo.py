@@ -16,7 +16,7 @@ class Lomo(FusedOptimizer):
 
     Three ways to drive it, the same numbers::
 
-        loss.backward(); opt.step(); opt.zero_grad()         # any torch loop; no global norm
+        loss.backward(); opt.step(); opt.zero_grad()         # any torch loop, Trainer
         opt.grad_norm(loss); opt.fused_backward(loss, lr)    # lomo_optim's loop
         opt.backward(loss)                                   # what the configuration needs
 
@@ -29,10 +29,16 @@ class Lomo(FusedOptimizer):
         clip_grad_value: largest absolute value of an element, after unscaling. Paper, section 3.3.
         weight_decay: decoupled, applied in fp32 inside the update.
         loss_scale_args: dynamic loss scaling of lomo_optim; not supported yet, pass `loss_scale`.
-        norm: "global": one norm of all gradients, which takes a second backward or held gradients.
-            "tensor": each tensor is clipped by its own norm, in one backward.
-        strategy: how the global norm is known before the first update. "two_backward" runs backward
-            twice, as the paper does; "auto" is the same.
+        norm: "global": one norm of all gradients, known before the first update. "tensor": each
+            tensor is clipped by its own norm, inside backward.
+        strategy: how the global norm is known before the first update. "one_backward": gradients
+            wait for `step()`, those of weight matrices as the two factors they are a product of
+            (input and output gradient of the layer), or as they are where that is smaller.
+            "two_backward": backward runs twice, as in the paper, and nothing waits; for `backward`
+            and `grad_norm`. "auto": one backward, unless activations are recomputed and what would
+            wait beside them is more than `factor_budget`. `explain()` says what was picked and
+            what waited.
+        factor_budget: bytes; None: a quarter of the parameters' bytes.
         rounding: of the stored parameter: "nearest", "stochastic", "split" (see
             `ops.lomo_update_`), or "auto": stochastic for bf16, where nearest loses most of a small
             update, nearest for fp16 and fp32.
@@ -56,6 +62,7 @@ class Lomo(FusedOptimizer):
         *,
         norm="global",
         strategy="auto",
+        factor_budget=None,
         rounding="auto",
         loss_scale=None,
         backend="auto",
@@ -79,6 +86,7 @@ class Lomo(FusedOptimizer):
             clip_grad_norm=clip_grad_norm,
             norm=norm,
             strategy=strategy,
+            factor_budget=factor_budget,
             loss_scale=loss_scale,
             backend=backend,
         )
@@ -93,7 +101,7 @@ class Lomo(FusedOptimizer):
         if rounding == "split" and any(p.dtype is torch.float16 for p in group["params"]):
             raise ValueError("rounding 'split' is for bfloat16 parameters, got float16 ones")
 
-    def update_param(self, param, grad, group, param_id, scalars):
+    def update_param(self, param, grad, group, param_id, scalars, first_row=0):
         rounding = group["rounding"]
         if rounding == "auto":
             rounding = "stochastic" if param.dtype is torch.bfloat16 else "nearest"
@@ -103,6 +111,11 @@ class Lomo(FusedOptimizer):
             if "low" not in state:
                 state["low"] = torch.zeros_like(param, dtype=torch.int16)
             low = state["low"]
+        offset = None
+        if grad.shape != param.shape:  # some rows of it
+            rows = slice(first_row, first_row + grad.shape[0])
+            offset = first_row * param.shape[1]
+            param, low = param[rows], None if low is None else low[rows]
         ops.lomo_update_(
             param,
             grad,
@@ -114,6 +127,7 @@ class Lomo(FusedOptimizer):
             seed=group["seed"],
             step=group["step"],
             param_id=param_id,
+            offset=offset,
             backend=self._backend,
             **scalars,
         )

@@ -1,0 +1,89 @@
+"""One backward on models of transformers that nobody edited, against clip_grad_norm_ and SGD."""
+
+import copy
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from lomo_kernels import Lomo
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+LR, CLIP, VOCABULARY, WIDTH = 0.1, 0.3, 512, 96
+SHAPE = {
+    "hidden_size": WIDTH, "intermediate_size": 192, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 128,
+}  # fmt: skip
+EXPERTS = {
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+}  # fmt: skip
+LATENT = {
+    "n_group": 1, "topk_group": 1, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8, "v_head_dim": 16, "first_k_dense_replace": 1, "num_key_value_heads": 4,
+}  # fmt: skip
+GPT = {"n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_inner": 192}
+# name -> (configuration, what differs, whether every matrix keeps factors). The experts of
+# transformers 5 are one parameter of three dimensions and no plain product: their gradients are
+# held. So is a matrix of Mamba that is not multiplied (None).
+MODELS = {
+    "llama": ("LlamaConfig", {}, True),
+    "tied llama": ("LlamaConfig", {"tie_word_embeddings": True}, True),
+    "qwen3": ("Qwen3Config", {"head_dim": 24}, True),
+    "gemma2": ("Gemma2Config", {"head_dim": 24}, True),
+    "phi3": ("Phi3Config", {}, True),
+    "mistral": ("MistralConfig", {}, True),
+    "olmo2": ("Olmo2Config", {}, True),
+    "gpt2": ("GPT2Config", GPT, True),
+    "opt": ("OPTConfig", {"ffn_dim": 192, "word_embed_proj_dim": WIDTH}, True),
+    "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 4}, True),
+    "gpt-neox": ("GPTNeoXConfig", {}, True),
+    "mixtral": ("MixtralConfig", EXPERTS, False),
+    "qwen3-moe": ("Qwen3MoeConfig", {"head_dim": 24, **EXPERTS}, False),
+    "gpt-oss": ("GptOssConfig", {"head_dim": 24, **EXPERTS}, False),
+    "deepseek-v3": ("DeepseekV3Config", {**EXPERTS, **LATENT}, False),
+    "mamba": ("MambaConfig", {"state_size": 8}, None),
+}
+
+
+def build(name):
+    config, more, _ = MODELS[name]
+    config = getattr(transformers, config)(**{**SHAPE, **more})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        for p in model.parameters():
+            if p.dim() > 1:
+                nn.init.normal_(p, std=0.08)
+    return model.float().eval()  # no dropout, whose random numbers two models would not share
+
+
+def loss_of(model, length=16):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, VOCABULARY, (1, length), generator=generator)
+    return model(input_ids=ids, labels=ids).loss
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", MODELS)
+def test_one_backward(name):
+    model = build(name)
+    expected = copy.deepcopy(model)
+    before = [p.detach().clone() for p in expected.parameters()]
+    loss_of(expected).backward()
+    norm = nn.utils.clip_grad_norm_(expected.parameters(), CLIP)
+    torch.optim.SGD(expected.parameters(), lr=LR).step()
+    assert norm > CLIP
+
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=CLIP, strategy="one_backward")
+    loss_of(model).backward()
+    optimizer.step()
+    assert optimizer.last_grad_norm == pytest.approx(norm.item(), rel=1e-5)
+    for p, q, old in zip(model.parameters(), expected.parameters(), before, strict=True):
+        moved = (q.detach() - old).norm()
+        assert (p.detach() - q.detach()).norm() <= 1e-4 * moved + 1e-7
+    largest = re.search("largest gradients held: ([^,]*)", optimizer.explain())[1]
+    assert model.get_parameter(largest).dim() == {True: 1, None: 2, False: 3}[MODELS[name][2]]

@@ -1,0 +1,629 @@
+"""Exact global clipping in one backward, against autograd and torch.optim.SGD."""
+
+import copy
+import logging
+import pickle
+
+import models
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from lomo_kernels import Lomo
+from lomo_kernels.optim import linear
+
+LR, CLIP = 0.5, 0.05
+WIDTH = 64  # at 24 tokens a step factors are smaller than gradients
+
+
+def use_of(left, right):
+    return linear.use(left, right)
+
+
+# -- the formulas, in float64 ----------------------------------------------------------------------
+
+
+@st.composite
+def products(draw):
+    """(rows, cols, uses): a weight used by products and as an embedding, any number of each."""
+    rows, cols = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    uses = []
+    for kind in draw(st.lists(st.sampled_from(["product", "embedding"]), min_size=1, max_size=3)):
+        tokens = draw(st.integers(0, 12))
+        right = torch.randn(tokens, cols, generator=generator, dtype=torch.float64)
+        left = torch.randn(tokens, rows, generator=generator, dtype=torch.float64)
+        if kind == "embedding":
+            left = torch.randint(0, rows, (tokens,), generator=generator)
+        uses.append(use_of(left, right))
+    return rows, cols, uses
+
+
+def dense(rows, uses):
+    return sum(
+        (u.left.double() if u.left.ndim == 2 else F.one_hot(u.left, rows).double()).T @ u.right
+        for u in uses
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(products(), st.integers(1, 5))
+def test_norm_and_blocks_of_a_product(case, chunk):
+    rows, cols, uses = case
+    expected = dense(rows, uses)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "TOKENS", chunk)
+        total, magnitude = linear.gram_sumsq(uses)
+    assert total.item() == pytest.approx(expected.square().sum().item(), rel=1e-12, abs=1e-12)
+    assert magnitude >= total * (1 - 1e-12)
+    for first in range(0, rows, chunk):
+        last = min(first + chunk, rows)
+        block = linear.product(uses, first, last, cols)
+        torch.testing.assert_close(block, expected[first:last], rtol=1e-12, atol=1e-12)
+
+
+def test_terms_that_cancel_are_noticed():
+    """A large common part of the inputs that the gradients cancel, which fp32 cannot resolve."""
+    torch.manual_seed(0)
+    right = 1000 * torch.randn(1, 64) + torch.randn(256, 64)
+    left = torch.randn(256, 32)
+    left -= left.mean(0)
+    for dtype, common in ((torch.float32, True), (torch.float64, True), (torch.float32, False)):
+        x = right if common else right - right.mean(0)
+        total, magnitude = linear.gram_sumsq([use_of(left.to(dtype), x.to(dtype))])
+        assert linear.Cancellation().note(0, total, magnitude) is not common
+
+
+# -- models ----------------------------------------------------------------------------------------
+
+
+class Conv1D(nn.Module):
+    """As GPT-2 has it in transformers: the weight lies [in, out]."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs) * 0.1)
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x):
+        flat = torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight)
+        return flat.view(*x.shape[:-1], -1)
+
+
+class Scaled(nn.Linear):
+    """Its weight is not what is multiplied."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight * 0.5, self.bias)
+
+
+class Base(nn.Module):
+    """tokens -> logits around a middle that the subclass has."""
+
+    padding_idx = None
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(models.VOCABULARY, WIDTH, padding_idx=self.padding_idx)
+        self.head = nn.Linear(WIDTH, models.VOCABULARY, bias=False)
+
+    def forward(self, ids):
+        return self.head(self.middle(self.embedding(ids)))
+
+
+class Plain(Base):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def middle(self, x):
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class Tied(Plain):
+    def __init__(self):
+        super().__init__()
+        self.head.weight = self.embedding.weight
+
+
+class Transposed(Plain):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = Conv1D(WIDTH, 2 * WIDTH), Conv1D(2 * WIDTH, WIDTH)
+
+
+class Repeated(Plain):
+    def middle(self, x):
+        return super().middle(super().middle(x))
+
+
+class Padded(Plain):
+    padding_idx = 3
+
+
+class Frozen(Plain):
+    def __init__(self):
+        super().__init__()
+        self.up.weight.requires_grad_(False)
+        self.embedding.requires_grad_(False)
+
+
+class Elsewhere(Plain):
+    """A weight in its layer and in another operation."""
+
+    def middle(self, x):
+        return super().middle(x) + self.down.weight.square().mean()
+
+
+class Subclass(Plain):
+    def __init__(self):
+        super().__init__()
+        self.up = Scaled(WIDTH, 2 * WIDTH)
+
+
+class Sliced(Plain):
+    def middle(self, x):
+        return x + F.linear(torch.tanh(x), self.up.weight[:WIDTH])
+
+
+class ManyDimensions(Plain):
+    def middle(self, x):
+        return super().middle(x[None, :, None])[0, :, 0]
+
+
+class Expanded(Plain):
+    """The gradient that reaches the layer has strides of 0, and a row of it is one number."""
+
+    def middle(self, x):
+        return x + self.up(x).sum(-1, keepdim=True) + self.down(torch.zeros(2 * WIDTH)).sum()
+
+
+class Recomputed(Plain):
+    reentrant = False
+
+    def middle(self, x):
+        return checkpoint(super().middle, x, use_reentrant=self.reentrant)
+
+
+class RecomputedByReentry(Recomputed):
+    reentrant = True
+
+
+class Parametrized(Plain):
+    def __init__(self):
+        super().__init__()
+        nn.utils.parametrizations.weight_norm(self.up)
+
+
+class NoGradientForTheInput(Plain):
+    def forward(self, ids):
+        return self.head(self.middle(F.one_hot(ids, WIDTH).to(self.head.weight.dtype)))
+
+
+ALL = [
+    Plain, Tied, Transposed, Repeated, Padded, Frozen, Elsewhere, Subclass, Sliced, ManyDimensions,
+    Expanded, Recomputed, RecomputedByReentry, Parametrized, NoGradientForTheInput,
+]  # fmt: skip
+
+
+def build(kind):
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        return kind()
+
+
+def sgd_step(model, losses, max_norm=CLIP):
+    """-> norm; the update of torch's SGD after clip_grad_norm_."""
+    sgd = torch.optim.SGD(model.parameters(), lr=LR)
+    for loss in losses:
+        loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    sgd.step()
+    sgd.zero_grad()
+    return norm.item()
+
+
+def drive(optimizer, model, step, how):
+    loss = models.loss_of(model, step)
+    if how == "loop":
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    elif how == "fused":
+        optimizer.grad_norm(loss)
+        optimizer.fused_backward(loss, LR)
+    else:
+        optimizer.backward(loss)
+
+
+def relative(model, expected, before):
+    """Largest error of a parameter's update, relative to that update."""
+    worst = 0.0
+    for p, q, old in zip(model.parameters(), expected.parameters(), before, strict=True):
+        moved = (q.detach() - old).norm().item()
+        error = (p.detach() - q.detach()).norm().item()
+        worst = max(worst, error / moved if moved else error)
+    return worst
+
+
+@pytest.mark.parametrize("how", ["loop", "fused", "backward"])
+@pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.__name__)
+def test_equal_to_clip_grad_norm_and_sgd(kind, how):
+    model, expected = build(kind), build(kind)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=CLIP, strategy="one_backward")
+    for step in range(2):
+        before = models.snapshot(expected)
+        norm = sgd_step(expected, [models.loss_of(expected, step)])
+        assert norm > 2 * CLIP  # clipping is at work
+        drive(optimizer, model, step, how)
+        assert optimizer.last_grad_norm == pytest.approx(norm, rel=1e-5)
+        assert relative(model, expected, before) < 1e-4
+        assert all(p.grad is None for p in model.parameters())
+
+
+FACTORED = {
+    Plain: 4, Tied: 3, Transposed: 4, Repeated: 4, Padded: 4, Frozen: 2, Elsewhere: 4, Subclass: 3,
+    ManyDimensions: 4, Recomputed: 4, RecomputedByReentry: 4, NoGradientForTheInput: 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FACTORED, ids=lambda kind: kind.__name__)
+def test_which_weights_keep_factors(kind):
+    model = build(kind)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=CLIP, strategy="one_backward")
+    assert "no step was made yet" in optimizer.explain()
+    optimizer.backward(models.loss_of(model, batch=1))
+    assert f"until the norm was known {FACTORED[kind]} weights kept factors" in optimizer.explain()
+
+
+@pytest.mark.parametrize("kind", [Plain, Tied, Repeated, Padded, Elsewhere, Recomputed])
+def test_two_backward_measures_by_factors_too(kind):
+    model, expected = build(kind), build(kind)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=CLIP, strategy="two_backward")
+    before = models.snapshot(expected)
+    norm = sgd_step(expected, [models.loss_of(expected)])
+    drive(optimizer, model, 0, "fused")
+    assert optimizer.last_grad_norm == pytest.approx(norm, rel=1e-5)
+    assert relative(model, expected, before) < 1e-4
+
+
+def test_blocks_are_the_whole(monkeypatch):
+    """Rows of the gradient one block at a time: the same step, and the same random bits."""
+    results = []
+    for block in (linear.BLOCK, 7 * WIDTH):
+        monkeypatch.setattr(linear, "BLOCK", block)
+        model = build(Tied).to(torch.bfloat16)
+        optimizer = Lomo(model, lr=LR, clip_grad_norm=CLIP, rounding="stochastic", seed=3)
+        optimizer.backward(models.loss_of(model))
+        results.append(models.snapshot(model))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "split"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_parameters(dtype, rounding):
+    if dtype is torch.float16 and rounding == "split":
+        pytest.skip("split is for bfloat16")
+    model, expected = build(Tied).to(dtype), build(Tied).to(dtype).float()
+    before = models.snapshot(expected)
+    optimizer = Lomo(
+        model, lr=LR, clip_grad_norm=CLIP, weight_decay=0.1, rounding=rounding, loss_scale=64.0
+    )
+    optimizer.backward(models.loss_of(model))
+    models.loss_of(expected).backward()
+    with torch.no_grad():
+        for p in expected.parameters():
+            p.mul_(1 - LR * 0.1)  # torch's SGD has coupled decay
+    nn.utils.clip_grad_norm_(expected.parameters(), CLIP)
+    torch.optim.SGD(expected.parameters(), lr=LR).step()
+    unit = torch.finfo(dtype).eps
+    for p, q, old in zip(model.parameters(), expected.parameters(), before, strict=True):
+        assert (p.float() - q).abs().max() <= unit * q.abs().max() + 0.05 * (q - old).abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    model, expected = build(Tied), build(Tied)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=CLIP, strategy="one_backward")
+    before = models.snapshot(expected)
+    for m in (expected, model):
+        with torch.autocast("cpu", dtype):
+            loss = models.loss_of(m)
+        if m is model:
+            optimizer.backward(loss)
+        else:
+            norm = sgd_step(m, [loss])
+    # autocast rounds dW to 16 bits in one of the two
+    assert optimizer.last_grad_norm == pytest.approx(norm, rel=1e-2)
+    assert relative(model, expected, before) < 2e-2
+    assert "3 weights kept factors" in optimizer.explain()
+
+
+# -- several backwards -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("declared", [False, True])
+@pytest.mark.parametrize("count", [2, 5])  # more micro-batches than factors pay for
+def test_micro_batches_are_one_large_batch(declared, count):
+    model, expected = build(Tied), build(Tied)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=CLIP)
+    before = models.snapshot(expected)
+    norm = sgd_step(expected, [models.loss_of(expected, i) / count for i in range(count)])
+    for i in range(count):
+        loss = models.loss_of(model, i) / count
+        if declared:
+            with optimizer.accumulate():
+                loss.backward()
+        else:
+            loss.backward()
+        assert models.same(model, before)
+    optimizer.step()
+    assert optimizer.last_grad_norm == pytest.approx(norm, rel=1e-5)
+    assert relative(model, expected, before) < 1e-4
+
+
+def test_the_last_micro_batch_through_backward():
+    model, expected = build(Plain), build(Plain)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=CLIP)
+    before = models.snapshot(expected)
+    sgd_step(expected, [models.loss_of(expected, i) for i in range(2)])
+    with optimizer.accumulate():
+        models.loss_of(model, 0).backward()
+    optimizer.backward(models.loss_of(model, 1))
+    assert relative(model, expected, before) < 1e-4
+
+
+def test_zero_grad_drops_what_waits():
+    model, expected = build(Plain), build(Plain)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=CLIP)
+    before = models.snapshot(model)
+    models.loss_of(model, 0).backward()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert models.same(model, before)
+    drive(optimizer, model, 1, "loop")
+    sgd_step(expected, [models.loss_of(expected, 1)])
+    assert relative(model, expected, before) < 1e-4
+
+
+def test_another_backward_when_the_norm_is_decided():
+    model = build(Plain)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=CLIP)
+    optimizer.grad_norm(models.loss_of(model))
+    with pytest.raises(RuntimeError, match="gradients of this step are known and wait"):
+        models.loss_of(model).backward()
+    optimizer.zero_grad()
+    optimizer.backward(models.loss_of(model))
+
+
+# -- nothing is written when something is not finite -----------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("kind", [Plain, Tied, Recomputed])
+@pytest.mark.parametrize("place", ["head", "up", "embedding"])
+def test_all_or_nothing(kind, place, value):
+    model = build(kind)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=CLIP, weight_decay=0.1)
+    before = models.snapshot(model)
+
+    def spoil(module, args, output):
+        output.register_hook(lambda g: g.index_fill(-1, torch.tensor([5]), value))
+
+    handle = getattr(model, place).register_forward_hook(spoil)
+    optimizer.backward(models.loss_of(model))
+    assert optimizer.last_step_skipped
+    assert models.same(model, before)
+    handle.remove()
+    optimizer.backward(models.loss_of(model))
+    assert not optimizer.last_step_skipped
+    assert not models.same(model, before)
+
+
+def test_an_interrupted_backward_leaves_nothing():
+    model, expected = build(Plain), build(Plain)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=CLIP)
+    before = models.snapshot(model)
+
+    def interrupt(grad):
+        raise KeyboardInterrupt
+
+    def arm(module, args, output):
+        output.register_hook(interrupt)
+
+    handle = model.embedding.register_forward_hook(arm)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.backward(models.loss_of(model, 0))
+    handle.remove()
+    assert models.same(model, before)
+    optimizer.backward(models.loss_of(model, 1))
+    sgd_step(expected, [models.loss_of(expected, 1)])
+    assert relative(model, expected, before) < 1e-4
+
+
+def test_factors_that_were_changed_are_refused():
+    model = build(Plain)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=CLIP)
+    inputs = []
+    model.up.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    models.loss_of(model).backward()
+    before = models.snapshot(model)
+    inputs[0].detach().zero_()
+    with pytest.raises(RuntimeError, match="was changed in place after backward"):
+        optimizer.step()
+    assert models.same(model, before)
+
+
+# -- watched parameters ----------------------------------------------------------------------------
+
+
+def test_watching_leaves_no_trace():
+    model = build(Plain)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=CLIP)
+    assert all(isinstance(p, nn.Parameter) for p in model.parameters())
+    assert all(type(v) is torch.Tensor for v in model.state_dict().values())
+    assert "Parameter containing" in repr(model.up.weight)
+    optimizer.remove()
+    assert all(type(p) is nn.Parameter for p in model.parameters())
+    models.loss_of(model).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_an_optimizer_that_dies_stops_watching():
+    model = build(Plain)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=CLIP)
+    del optimizer
+    assert all(type(p) is nn.Parameter for p in model.parameters())
+    second = Lomo(model, lr=LR, clip_grad_norm=CLIP)
+    second.backward(models.loss_of(model))
+
+
+def test_a_parameter_of_two_optimizers():
+    model = build(Plain)
+    first = Lomo(model, lr=LR, clip_grad_norm=CLIP)
+    with pytest.raises(ValueError, match=r"up\.weight belongs to another optimizer already"):
+        Lomo(nn.ModuleDict({"up": model.up}), lr=LR)
+    first.remove()
+    Lomo(nn.ModuleDict({"up": model.up}), lr=LR)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_are_nobodys(copied):
+    model = build(Tied)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=CLIP)
+    before = models.snapshot(model)
+    other = copied(model)
+    models.loss_of(other).backward()
+    assert all(p.grad is not None for p in other.parameters())
+    optimizer.step()
+    assert models.same(model, before)
+    Lomo(other, lr=LR, clip_grad_norm=CLIP).backward(models.loss_of(other))
+    assert models.same(model, before)
+
+
+def test_gradients_that_somebody_asks_for():
+    """torch.autograd.grad and backward(inputs=...) are no part of the step."""
+    model, expected = build(Plain), build(Plain)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=CLIP)
+    params = [model.up.weight, model.embedding.weight, model.up.bias]
+    wanted = [expected.up.weight, expected.embedding.weight, expected.up.bias]
+    grads = torch.autograd.grad(models.loss_of(model), params)
+    for a, b in zip(grads, torch.autograd.grad(models.loss_of(expected), wanted), strict=True):
+        torch.testing.assert_close(a, b)
+    x = torch.randn(3, WIDTH, requires_grad=True)
+    model.up(x).sum().backward(inputs=[x])
+    before = models.snapshot(model)
+    optimizer.step()
+    assert models.same(model, before)
+    models.loss_of(model).backward(inputs=[model.up.weight])
+    optimizer.step()
+    assert [torch.equal(a, b) for a, b in zip(model.parameters(), before)].count(False) == 1
+
+
+def test_a_second_derivative_is_refused():
+    model = build(Plain)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=CLIP)
+    (grad,) = torch.autograd.grad(models.loss_of(model), [model.up.bias], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+    optimizer.zero_grad()
+
+
+def test_compiled_code_leaves_ordinary_gradients():
+    model, expected = build(Plain), build(Plain)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=CLIP)
+    compiled = torch.compile(model, backend="aot_eager")
+    before = models.snapshot(expected)
+    norm = sgd_step(expected, [models.loss_of(expected)])
+    optimizer.backward(models.loss_of(compiled))
+    assert optimizer.last_grad_norm == pytest.approx(norm, rel=1e-5)
+    assert relative(model, expected, before) < 1e-4
+
+
+def test_parameters_that_are_thawed_are_watched():
+    model = build(Frozen)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=CLIP)
+    optimizer.backward(models.loss_of(model, batch=1))
+    assert "2 weights kept factors" in optimizer.explain()
+    model.requires_grad_(True)
+    optimizer.step()
+    optimizer.backward(models.loss_of(model, batch=1))
+    assert "4 weights kept factors" in optimizer.explain()
+
+
+# -- what it costs ---------------------------------------------------------------------------------
+
+
+def flops(step):
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+class Deep(nn.Module):
+    """Square layers: forward, input gradient and weight gradient cost the same."""
+
+    def __init__(self, width=256, depth=6):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(depth))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+@pytest.mark.parametrize("tokens", [32, 64, 100, 127, 128, 256, 1024])
+def test_operations_of_a_step(tokens):
+    counts = {}
+    for strategy in (None, "one_backward", "two_backward"):
+        model = Deep()
+        clip = {} if strategy is None else {"clip_grad_norm": CLIP, "strategy": strategy}
+        optimizer = Lomo(model, lr=LR, **clip)
+        x = torch.randn(tokens, 256, requires_grad=True)
+        counts[strategy] = flops(lambda m=model, o=optimizer, x=x: o.backward(m(x).square().mean()))
+    assert counts["one_backward"] <= (1.10 if tokens <= 256 / 8 else 1.35) * counts[None]
+    assert counts["one_backward"] <= 0.85 * counts["two_backward"]
+
+
+def test_what_waits_is_never_more_than_the_gradients():
+    model = Deep()
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=CLIP)
+    for tokens in (8, 64, 120, 200):
+        model(torch.randn(tokens, 256)).square().mean().backward()
+    waiting = list(optimizer._step.pending.values())
+    assert len(waiting) == 6
+    assert all(p.nbytes <= 2 * p.param.nbytes for p in waiting)
+    optimizer.step()
+
+
+# -- auto ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "budget", "picked", "why"),
+    [
+        (Plain, 0, "one_backward", "replaces activations that backward frees"),
+        (Recomputed, None, "one_backward", "within the budget"),
+        (Recomputed, 0, "two_backward", "above the budget of 0.0 MiB"),
+    ],
+)
+def test_auto_picks_by_memory_and_says_why(kind, budget, picked, why, caplog):
+    model, expected = build(kind), build(kind)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=CLIP, factor_budget=budget)
+    with caplog.at_level(logging.INFO, logger="lomo_kernels"):
+        for step in range(3):
+            before = models.snapshot(expected)
+            norm = sgd_step(expected, [models.loss_of(expected, step, batch=1)])
+            optimizer.backward(models.loss_of(model, step, batch=1))
+            assert optimizer.last_grad_norm == pytest.approx(norm, rel=1e-5)
+            assert relative(model, expected, before) < 1e-4
+    assert len(caplog.records) == 1
+    assert caplog.records[0].getMessage().startswith(f"strategy {picked}: ")
+    assert why in caplog.records[0].getMessage()
+    assert caplog.records[0].getMessage() in optimizer.explain()
