@@ -98,6 +98,42 @@ def test_a_resumed_trainer_is_the_uninterrupted_one(tmp_path, rounding):
     assert models.same(resumed, models.snapshot(whole))
 
 
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_trainer_with_a_global_norm_equals_sgd(tmp_path, accumulation):
+    """One backward; several of them before a step are one large batch."""
+    ours, theirs = tiny_llama(), tiny_llama()
+    options = {"save_strategy": "no", "gradient_accumulation_steps": accumulation}
+    optimizer = Lomo(ours, lr=LR, clip_grad_norm=0.5)
+    train(ours, optimizer, tmp_path / "ours", max_grad_norm=0.0, **options)
+    sgd = torch.optim.SGD(theirs.parameters(), lr=LR)
+    train(theirs, sgd, tmp_path / "sgd", max_grad_norm=0.5, **options)
+    assert models.difference(ours, theirs) < 1e-6
+    assert optimizer.last_grad_norm > 0.5  # clipping was at work
+    assert models.difference(ours, tiny_llama()) > 1e-2
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_a_norm_for_trainer_is_not_ignored_in_silence(tmp_path):
+    model = tiny_llama()
+    options = {"save_strategy": "no", "max_grad_norm": 1.0}
+    with pytest.warns(UserWarning, match="found no gradients and clipped nothing") as caught:
+        train(model, Lomo(model, lr=LR), tmp_path, **options)
+    assert sum("clipped nothing" in str(w.message) for w in caught) == 1
+
+
+def test_the_own_norm_decides_and_says_so_once(tmp_path, caplog):
+    ours, theirs = tiny_llama(), tiny_llama()
+    with caplog.at_level("INFO", logger="lomo_kernels"):
+        for model, norm in ((ours, 1e-3), (theirs, 0.0)):
+            train(
+                model, Lomo(model, lr=LR, clip_grad_norm=0.5), tmp_path,
+                save_strategy="no", max_grad_norm=norm,
+            )  # fmt: skip
+    assert models.same(ours, models.snapshot(theirs))
+    said = [r.getMessage() for r in caplog.records if "own clip_grad_norm=0.5" in r.getMessage()]
+    assert len(said) == 1
+
+
 def test_accumulation_in_trainer_is_refused_with_a_way_out(tmp_path):
     model = tiny_llama()
     with pytest.raises(RuntimeError, match="received a second gradient in one step"):

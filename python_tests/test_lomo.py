@@ -421,11 +421,64 @@ def test_several_optimizers_on_one_model(other, clip):
 def test_two_optimizers_on_one_parameter_are_noticed():
     model = models.build()
     first = Lomo(model)
-    second = Lomo(model)
-    with pytest.raises(RuntimeError, match=r"was taken by another hook"):
-        second.fused_backward(models.loss_of(model))
+    with pytest.raises(ValueError, match=r"embedding\.weight belongs to another optimizer already"):
+        Lomo(model)
     first.remove()
+    second = Lomo(model)
     second.fused_backward(models.loss_of(model))
+    del second
+    Lomo(model)
+
+
+def test_clipping_from_outside_is_noticed():
+    model, clip = models.build(), torch.nn.utils.clip_grad_norm_
+    optimizer = Lomo(model)
+    clip(model.parameters(), 1.0)  # before backward there is nothing to miss
+    for expected in (pytest.warns(UserWarning, match="clipped nothing"), contextlib.nullcontext()):
+        models.loss_of(model).backward()
+        with expected:
+            clip(model.parameters(), 1.0)
+        optimizer.step()
+    with optimizer.accumulate():
+        models.loss_of(model).backward()
+    clip(model.parameters(), 1e-9)  # here gradients are held, and are clipped
+    before = models.snapshot(model)
+    optimizer.step()
+    moved = [(p - q).abs().max().item() for p, q in zip(model.parameters(), before)]
+    assert max(moved) < 1e-9
+
+
+@pytest.mark.parametrize("norm", [None, 1.0])
+def test_an_enabled_grad_scaler_is_refused(norm):
+    model = models.build()
+    optimizer = Lomo(model, clip_grad_norm=norm)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(models.loss_of(model)).backward()
+    with pytest.raises(RuntimeError, match="switch it off and pass loss_scale to the optimizer"):
+        scaler.step(optimizer)
+    optimizer.zero_grad()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    scaler.scale(models.loss_of(model)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def test_a_function_without_a_gradient_for_its_weight():
+    """torch calls the hook of such a weight too, and there is nothing to use."""
+
+    class Constant(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            return x * 1.0
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad, None
+
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = Lomo([weight], lr=LR)
+    optimizer.backward(Constant.apply(torch.ones(3, requires_grad=True), weight).sum())
+    assert torch.equal(weight, torch.ones(3))
 
 
 # -- hooks ---------------------------------------------------------------------------------------

@@ -483,15 +483,6 @@ def test_an_optimizer_that_dies_stops_watching():
     second.backward(models.loss_of(model))
 
 
-def test_a_parameter_of_two_optimizers():
-    model = build(Plain)
-    first = Lomo(model, lr=LR, clip_grad_norm=CLIP)
-    with pytest.raises(ValueError, match=r"up\.weight belongs to another optimizer already"):
-        Lomo(nn.ModuleDict({"up": model.up}), lr=LR)
-    first.remove()
-    Lomo(nn.ModuleDict({"up": model.up}), lr=LR)
-
-
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copies_are_nobodys(copied):
     model = build(Tied)

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import warnings
 import weakref
 from collections import Counter
 
@@ -11,8 +12,9 @@ import torch
 from .. import ops
 from .clipping import SquaredNorms, clip_coefficient
 from .decisions import Decisions
-from .linear import Cancellation, Factors, Pending, gram_is_cheaper, gram_sumsq, tokens_of, watched
-from .release import GradientRelease
+from .linear import Cancellation, Pending, gram_is_cheaper, gram_sumsq, tokens_of
+from .release import GradientRelease, taken
+from .watching import Watch
 
 NORMS = ("global", "tensor")
 STRATEGIES = ("auto", "one_backward", "two_backward")
@@ -82,7 +84,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._last = None
         self._holding = self._measuring = False
         self._norms = None
-        self._factors = Factors(self._on_product)
+        self._watch = Watch(self._on_product, self._on_read)
+        self._told = set()
         self._cancellation = Cancellation()
         self._choice = self._report = None
         if isinstance(model_or_params, torch.nn.Module):
@@ -94,7 +97,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._ready = self._attached = True
         self._release = GradientRelease(self._on_gradient)
         self._attach(self._params())
-        for take_off in (self._release.remove, self._factors.unwatch):
+        for take_off in (self._release.remove, self._watch.unwatch):
             weakref.finalize(self, take_off).atexit = False
 
     # -- torch.optim.Optimizer ---------------------------------------------------------------------
@@ -126,7 +129,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if param.requires_grad and param.dtype not in ops.DTYPES:
                 raise TypeError(f"{name} must be float32, bfloat16 or float16, got {param.dtype}")
             ops.pick_backend(param.device, self._backend)
-            if watched(param):
+            if taken(param):
                 raise ValueError(
                     f"{name} belongs to another optimizer already: call its remove() first"
                 )
@@ -147,7 +150,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._attached:
             self._attach(self._params())  # those that were frozen until now
         self._close()
-        self._factors.seen.clear()
+        self._watch.seen.clear()
         return loss
 
     def zero_grad(self, set_to_none=True):
@@ -279,7 +282,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Takes the hooks off the model. `step()` then updates from `param.grad`, as in torch."""
         self._attached = False
         self._release.remove()
-        self._factors.unwatch()
+        self._watch.unwatch()
 
     # -- what happened -----------------------------------------------------------------------------
 
@@ -355,7 +358,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         params = list(params)
         self._release.attach(params)
         if self._global_norm:
-            self._factors.watch(params)
+            self._watch.watch_weights(params)
+        self._watch.watch_reads(params)
 
     def _params(self):
         return (param for group in self.param_groups for param in group["params"])
@@ -383,7 +387,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             budget = self.factor_budget
             if budget is None:
                 budget = sum(p.nbytes for p in self._params()) // 4
-            needed = self._factors.bytes_to_wait()
+            needed = self._watch.bytes_to_wait()
             # Without recomputation factors replace activations that backward is freeing.
             fits = needed <= budget
             choice = (
@@ -397,6 +401,34 @@ class FusedOptimizer(torch.optim.Optimizer):
             logger.info("strategy %s: %s", *choice)
         self._choice = choice
         return choice[0]
+
+    def _on_read(self, frame):
+        """Somebody looks at `.grad`; between backward and step() there is nothing to see."""
+        file = frame.f_code.co_filename
+        if not (self._step.updated or self._step.pending) or file in self._told:
+            return
+        if file.endswith("grad_scaler.py"):
+            raise RuntimeError(
+                "torch's GradScaler finds no gradients to unscale: the optimizer uses them in "
+                "backward; switch it off and pass loss_scale to the optimizer, and begin again "
+                "from the last checkpoint: updates may have been made from scaled gradients"
+            )
+        # Trainer asks for an infinite norm when it only wants to log one.
+        if file.endswith("clip_grad.py") and frame.f_locals.get("max_norm") != math.inf:
+            self._told.add(file)
+            if self.clip_grad_norm is None:
+                warnings.warn(
+                    "clip_grad_norm_ or clip_grad_value_ (max_grad_norm of Trainer) found no "
+                    "gradients and clipped nothing: the optimizer uses them in backward; pass "
+                    "clip_grad_norm or clip_grad_value to the optimizer itself",
+                    stacklevel=2,
+                )
+            else:
+                logger.info(
+                    "clip_grad_norm_ found no gradients: the optimizer's own clip_grad_norm=%g "
+                    "decides",
+                    self.clip_grad_norm,
+                )
 
     def _on_product(self, param, use):
         """In backward: a product's factors; whether they are taken in place of a gradient."""
@@ -418,7 +450,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _measure_product(self, param, use):
         """In the first of two backwards: the norm from the factors, where that costs less."""
         device, param_id = use.right.device, self._places[id(param)][1]
-        if not self._factors.used_once(param) or id(param) in self._step.updated:
+        if not self._watch.used_once(param) or id(param) in self._step.updated:
             return False
         if not gram_is_cheaper(tokens_of([use]), *param.shape):
             return False
@@ -446,13 +478,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._holding and not self._waits:
             return
         grad, param.grad = param.grad, None
-        if grad is None and (id(param) in self._step.pending or self._measuring):
-            return  # all of it is in factors
-        if grad is None:
-            raise RuntimeError(
-                f"the gradient of {self._name(param)} was taken by another hook: does another "
-                "optimizer still update this parameter? Call its remove() first"
-            )
+        if grad is None:  # its factors were taken, or nothing flowed into it
+            return
         if self._waits:
             self._pending(param, grad.device).hold(grad)
         elif self._step.pending:

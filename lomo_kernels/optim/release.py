@@ -2,6 +2,13 @@
 
 import weakref
 
+_TAKEN = set()  # ids of parameters that have a hook, whose optimizers keep them alive
+
+
+def taken(param):
+    """Whether an optimizer of this package releases this parameter's gradient already."""
+    return id(param) in _TAKEN
+
 
 class GradientRelease:
     """Calls `on_gradient(param)` when a parameter's gradient is complete in `param.grad`.
@@ -30,9 +37,11 @@ class GradientRelease:
             if param.requires_grad and id(param) not in self._handles:
                 handle = param.register_post_accumulate_grad_hook(self._fire)
                 self._handles[id(param)] = handle
+                _TAKEN.add(id(param))
 
     def remove(self):
         """Takes every hook off; gradients stay in `param.grad` again."""
         for handle in self._handles.values():
             handle.remove()
+        _TAKEN.difference_update(self._handles)
         self._handles.clear()
