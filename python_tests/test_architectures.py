@@ -3,6 +3,7 @@
 import copy
 import re
 
+import models
 import pytest
 import torch
 from torch import nn
@@ -87,3 +88,24 @@ def test_one_backward(name):
         assert (p.detach() - q.detach()).norm() <= 1e-4 * moved + 1e-7
     largest = re.search("largest gradients held: ([^,]*)", optimizer.explain())[1]
     assert model.get_parameter(largest).dim() == {True: 1, None: 2, False: 3}[MODELS[name][2]]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("length", [32, 64, 128])
+def test_what_waits_takes_the_room_of_activations(length):
+    """Peak bytes of a whole step, weights included: as if every gradient were dropped."""
+    peaks = {}
+    for kind in ("dropped", "kept", "one_backward"):
+        model = build("llama")
+        if kind == "dropped":
+            for p in model.parameters():
+                p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        step = torch.Tensor.backward
+        if kind == "one_backward":
+            step = Lomo(model, lr=LR, clip_grad_norm=CLIP, strategy=kind).backward
+        with models.LiveBytes() as live:
+            step(loss_of(model, length))
+        peaks[kind] = live.peak
+    assert peaks["one_backward"] <= 1.01 * peaks["dropped"]
+    assert peaks["one_backward"] <= peaks["kept"]
+    assert length > 32 or peaks["one_backward"] < 0.9 * peaks["kept"]

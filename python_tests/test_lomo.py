@@ -14,8 +14,6 @@ import pytest
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lomo_kernels import Lomo, ops
 
@@ -549,28 +547,10 @@ def test_the_cost_of_a_hook_does_not_grow_with_the_model():
     assert large <= 100 * small
 
 
-class LiveBytes(TorchDispatchMode):
-    """Bytes of all storages alive, and their peak, seen at every operation."""
-
-    def __init__(self):
-        super().__init__()
-        self.storages, self.peak = {}, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.storages = {k: v for k, v in self.storages.items() if not v[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
-        return result
-
-
 def peak_of(backward, model):
     """Peak bytes while `backward(loss)` runs, beyond what is alive before it."""
     loss = models.loss_of(model)
-    with LiveBytes() as live:
+    with models.LiveBytes() as live:
         backward(loss)
     return live.peak
 
