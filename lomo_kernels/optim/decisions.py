@@ -26,6 +26,7 @@ class DeviceDecisions:
         self.clip_coef = None  # nothing is clipped until a norm was decided on
         self.total_norm = scalars[_PLACE["total_norm"]]
         self._clip_coef = scalars[_PLACE["clip_coef"]]
+        self._own = None
         self._pair = (scalars[_PLACE["found_inf"]], scalars[_PLACE["skip"]])
 
     def next_flags(self):
@@ -49,8 +50,10 @@ class DeviceDecisions:
 
     def own_coefficient(self, sumsq, max_norm):
         """The clip coefficient of one tensor by its own norm, until the next call."""
-        ops.decide_(self.values, sumsq, max_norm=max_norm, backend=self._backend)
-        return self._clip_coef
+        if self._own is None:  # beside the step's, whose norm is that of all tensors
+            self._own = torch.zeros_like(self.values)
+        ops.decide_(self._own, sumsq, max_norm=max_norm, backend=self._backend)
+        return self._own[_PLACE["clip_coef"]]
 
 
 class Decisions:

@@ -58,6 +58,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             model_or_params = model_or_params.parameters()
         super().__init__(model_or_params, {**defaults, "step": 0})
         self._decisions = self._new_decisions()
+        self._scaling()
         self._step = _Step()
         self._ready = self._attached = True
         self._release = GradientRelease(self._on_gradient)
@@ -366,7 +367,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _scaling(self):
         """The loss scaling in force: None, a number, or a LossScale."""
         if self._loss_scale == "auto":
-            if not any(p.requires_grad and p.dtype is torch.float16 for p in self._params()):
+            if self._decisions.is_open or not any(
+                p.requires_grad and p.dtype is torch.float16 for p in self._params()
+            ):
                 return None
             self._loss_scale = LossScale()
             self._decisions = self._new_decisions()
