@@ -234,6 +234,18 @@ def test_zero_grad_between_scale_and_backward():
     assert models.same(model, models.snapshot(expected))
 
 
+def test_held_gradients_that_are_dropped_take_their_scale_along():
+    model, expected = models.build(F16), models.build(F16)
+    optimizer, other = Lomo(model, lr=LR), Lomo(expected, lr=LR)
+    with optimizer.accumulate():
+        optimizer.scale(models.loss_of(model)).backward()
+    optimizer.zero_grad()
+    for o, m in ((optimizer, model), (other, expected)):
+        models.loss_of(m).backward()  # not scaled, so not divided
+        o.step()
+    assert models.same(model, models.snapshot(expected))
+
+
 @pytest.mark.parametrize("options", [{}, {"clip_grad_norm": 1.0}], ids=str)
 def test_an_exception_in_backward_leaves_the_scale(options):
     model = models.build()

@@ -115,7 +115,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none=True):
         """Drops gradients that were held back. What backward has already applied stays applied."""
-        self._close()
+        self._close(abandon=any(p.grad is not None for p in self._params()))
         super().zero_grad(set_to_none)
 
     def state_dict(self):
