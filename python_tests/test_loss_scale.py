@@ -207,6 +207,16 @@ def test_half_a_step_of_each_kind_is_refused():
     by_scaled_loop(optimizer, models.loss_of(model))
 
 
+def test_a_bare_backward_that_is_refused_can_be_followed_by_a_scaled_one():
+    model = models.build(F16)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=1.0)
+    with pytest.raises(RuntimeError, match="clip_grad_norm needs the norm of all gradients"):
+        models.loss_of(model).backward()
+    optimizer.zero_grad()
+    optimizer.backward(models.loss_of(model))
+    assert not optimizer.last_step_skipped
+
+
 @pytest.mark.parametrize("scale", [128.0, "dynamic", LossScale()], ids=str)
 def test_a_scale_that_is_asked_for_must_be_used(scale):
     model = models.build()

@@ -426,8 +426,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _close(self, abandon=False):
         step = self._step
-        if not (step.updated or step.norm_known or abandon):
-            return  # nothing was used; a loss may be scaled already
+        used = step.updated or step.norm_known
+        if self._decisions.scaled and not used and not abandon:
+            return  # a scaled loss waits for its backward
         self._step = _Step()
         sumsq = [] if self._norms is None else self._norms.tensors()
         self._norms = None
