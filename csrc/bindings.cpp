@@ -59,6 +59,27 @@ auto sumsq(Status (*run)(const GradRef*, int64_t, DType, const SumsqArgs&, Where
   };
 }
 
+template <typename... Where>
+auto decide(Status (*run)(const DecideArgs&, Where...), const char* name) {
+  return [=](uintptr_t decisions, uintptr_t out, uintptr_t sumsq, int64_t count,
+             uintptr_t found_inf, int64_t flags, double max_norm, double min_scale,
+             double growth_factor, double backoff_factor, int64_t growth_interval, Where... where) {
+    const DecideArgs args{pointer<float>(decisions),
+                          pointer<float>(out),
+                          pointer<const float>(sumsq),
+                          count,
+                          pointer<const float>(found_inf),
+                          flags,
+                          float(max_norm),
+                          float(min_scale),
+                          growth_factor,
+                          backoff_factor,
+                          growth_interval};
+    const py::gil_scoped_release nogil;
+    raise_if(run(args, where...), name);
+  };
+}
+
 #ifdef LOMO_WITH_CUDA
 // A stream is an address; pybind11 has no caster from int to void*.
 Status cuda_update(const TensorRef* t, int64_t count, DType param, DType grad, Rounding rounding,
@@ -69,6 +90,10 @@ Status cuda_update(const TensorRef* t, int64_t count, DType param, DType grad, R
 Status cuda_sumsq(const GradRef* t, int64_t count, DType grad, const SumsqArgs& args, int device,
                   uintptr_t stream) {
   return cuda::grad_sumsq(t, count, grad, args, device, pointer<void>(stream));
+}
+
+Status cuda_decide(const DecideArgs& args, int device, uintptr_t stream) {
+  return cuda::decide(args, device, pointer<void>(stream));
 }
 #endif
 
@@ -89,6 +114,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("cpu_update", update(&cpu::lomo_update, "lomo_update_ on the CPU"));
   m.def("cpu_sumsq", sumsq(&cpu::grad_sumsq, "grad_sumsq_ on the CPU"));
+  m.def("cpu_decide", decide(&cpu::decide, "decide_ on the CPU"));
   m.def("cpu_instruction_set", &cpu::instruction_set);
   m.def("cpu_use_instruction_set", &cpu::use_instruction_set);
 
@@ -97,6 +123,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_architectures") = LOMO_CUDA_ARCHITECTURES;
   m.def("cuda_update", update(&cuda_update, "lomo_update_ on CUDA"));
   m.def("cuda_sumsq", sumsq(&cuda_sumsq, "grad_sumsq_ on CUDA"));
+  m.def("cuda_decide", decide(&cuda_decide, "decide_ on CUDA"));
   m.def("cuda_device_count", [] {
     int count = 0;
     raise_if(cuda::device_count(&count), "cuda_device_count");

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu_loops.h"
+#include "decide.h"
 
 namespace lomo::cpu {
 namespace {
@@ -148,6 +149,20 @@ Status grad_sumsq(const GradRef* grads, int64_t count, DType grad, const SumsqAr
           loops.sum_partials(partials + items.first(k), items.first(k + 1) - items.first(k));
   }
   if (!finite && args.found_inf) *args.found_inf = 1.0f;
+  return nullptr;
+}
+
+Status decide(const DecideArgs& args) {
+  double lane[kDecideLanes] = {};
+  for (int64_t i = 0; i < args.count; ++i) {
+    double& sum = lane[i % kDecideLanes];
+    sum = sum + args.sumsq[i];
+  }
+  for (int width = kDecideLanes / 2; width >= 1; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] = lane[2 * i] + lane[2 * i + 1];
+  bool found = args.decisions[kFoundInf] != 0.0f || args.decisions[kSkip] != 0.0f;
+  for (int64_t i = 0; i < args.flags; ++i) found |= args.found_inf[i] != 0.0f;
+  lomo::decide(args, lane[0], found);
   return nullptr;
 }
 

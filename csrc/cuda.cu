@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "decide.cuh"
 #include "dispatch.h"
 #include "sumsq.cuh"
 #include "update.cuh"
@@ -149,6 +150,13 @@ Status grad_sumsq(const GradRef* grads, int64_t count, DType grad, const SumsqAr
   return dispatch(grad, [&](auto g) {
     return sumsq_of<decltype(g)>(grads, count, args, static_cast<cudaStream_t>(stream));
   });
+}
+
+Status decide(const DecideArgs& args, int device, void* stream) {
+  const OnDevice guard(device);
+  if (guard.error() != cudaSuccess) return text(guard.error());
+  launch(decide_kernel, 1, static_cast<cudaStream_t>(stream), args);
+  return text(cudaGetLastError());
 }
 
 }  // namespace lomo::cuda

@@ -53,10 +53,38 @@ struct SumsqArgs {
   float* partials;
 };
 
+// The scalars of a step on one device: one float each, in one piece of memory.
+enum Decision {
+  kInvScale,
+  kClipCoef,
+  kFoundInf,
+  kSkip,
+  kTotalNorm,
+  kGradScale,
+  kGrowthTracker,
+  kStuck,
+  kDecisions
+};
+
+// lomo_kernels/ops/__init__.py, decide_, has the formulas.
+struct DecideArgs {
+  float* decisions;
+  float* out;          // null: nothing about the next step is decided
+  const float* sumsq;  // null: no norm
+  int64_t count;
+  const float* found_inf;  // flags besides the two in decisions
+  int64_t flags;
+  float max_norm;  // 0: clip_coef stays
+  float min_scale;
+  double growth_factor, backoff_factor;
+  int64_t growth_interval;  // 0: the scale stays
+};
+
 namespace cpu {
 Status lomo_update(const TensorRef*, int64_t count, DType param, DType grad, Rounding,
                    const UpdateArgs&, int threads);
 Status grad_sumsq(const GradRef*, int64_t count, DType grad, const SumsqArgs&, int threads);
+Status decide(const DecideArgs&);
 
 // The loops are compiled for several instruction sets; the best one this processor has is used.
 const char* instruction_set();
@@ -70,6 +98,7 @@ Status lomo_update(const TensorRef*, int64_t count, DType param, DType grad, Rou
                    const UpdateArgs&, int device, void* stream);
 Status grad_sumsq(const GradRef*, int64_t count, DType grad, const SumsqArgs&, int device,
                   void* stream);
+Status decide(const DecideArgs&, int device, void* stream);
 }  // namespace cuda
 
 }  // namespace lomo

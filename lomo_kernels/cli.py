@@ -71,7 +71,11 @@ def _add_finetune_options(tune):
     add("--strategy", "how lomo knows the global norm: auto, one_backward or two_backward")
     add("--clip-grad-value", "largest absolute value of a gradient element", float)
     add("--weight-decay", "decoupled weight decay", float)
-    add("--loss-scale", "constant factor of the loss, for float16", float)
+    add(
+        "--loss-scale",
+        "factor of the loss: a number, dynamic, none, or auto: dynamic for float16",
+        _loss_scale,
+    )
     add("--dtype", "float32, bfloat16 or float16; by default float32 on a CPU, bfloat16 on a GPU")
     add("--rounding", "of 16-bit parameters: auto, nearest, stochastic or split")
     add("--backend", "auto, native, triton or reference")
@@ -83,6 +87,15 @@ def _add_finetune_options(tune):
         "--checkpointing", action="store_true", default=argparse.SUPPRESS,
         help="recompute activations in backward: less memory, a third more time",
     )  # fmt: skip
+
+
+def _loss_scale(text):
+    if text == "none":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return text  # auto and dynamic; anything else the optimizer refuses
 
 
 def _finetune(options):
@@ -102,8 +115,7 @@ def _finetune(options):
         display.say(str(stopped))
         return 130
     except (
-        ValueError, NotImplementedError,
-        huggingface.ModelError, data.DataError, checkpoint.ResumeError,
+        ValueError, huggingface.ModelError, data.DataError, checkpoint.ResumeError,
     ) as error:  # fmt: skip
         return _fail(error)
     except ImportError as error:

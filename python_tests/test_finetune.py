@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -104,6 +105,8 @@ def test_questions_are_learned(tiny, questions, tmp_path):
         ["--dtype", "bfloat16"],
         ["--dtype", "bfloat16", "--rounding", "split"],
         ["--dtype", "float16", "--loss-scale", 1024],
+        ["--dtype", "float16", "--loss-scale", "dynamic", "--clip-grad-norm", 0],
+        ["--dtype", "float16", "--loss-scale", "none"],
         ["--norm", "tensor", "--clip-grad-norm", 0.1],
         ["--clip-grad-norm", 0, "--clip-grad-value", 0.01],
         ["--checkpointing"],
@@ -124,6 +127,21 @@ def test_every_option_runs(tiny, questions, tmp_path, options):
     )
     assert result(tmp_path)["steps"] == 3
     assert all(math.isfinite(loss) for loss in result(tmp_path)["losses"])
+
+
+def test_the_scale_and_what_was_skipped_are_shown(tiny, questions, tmp_path, capsys):
+    arguments = ["--model", tiny, "--train", questions, "--steps", 3, "--dtype", "float16"]
+    assert run(*arguments, "--out", tmp_path / "auto") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert all(re.search(r", loss scale \d+, \d skipped, ", line) for line in lines)
+    # a gradient of 2**30 times the usual is infinite in float16
+    assert run(*arguments, "--loss-scale", 2**30, "--out", tmp_path / "fixed") == 0
+    printed = capsys.readouterr().out
+    assert ", loss scale 1.07374e+09, 3 skipped, " in printed
+    assert re.search(r"optimizer .* skipped ", printed)
+    assert result(tmp_path / "fixed")["skipped"] == 3
+    assert run("--model", tiny, "--train", questions, "--steps", 1) == 0
+    assert "loss scale" not in capsys.readouterr().out
 
 
 def test_the_saved_model_is_the_trained_one(tiny, questions, tmp_path):
@@ -309,6 +327,7 @@ GOOD = '{"prompt": "a", "completion": "b"}\n'
         (["--dtype", "int8"], "dtype must be one of ('float32', 'bfloat16', 'float16'), got"),
         (["--rounding", "up"], "rounding must be 'auto' or one of"),
         (["--backend", "gpu"], "backend must be 'auto' or one of"),
+        (["--loss-scale", "big"], "loss_scale must be a finite number greater than 0, 'auto', 'd"),
         (["--norm", "layer"], "norm must be one of ('global', 'tensor'), got 'layer'"),
         (["--clip-grad-norm", "-1"], "clip_grad_norm must be a finite number greater than 0"),
         (["--eval-size", "0"], "eval_size must be a whole number above 0, got 0"),

@@ -1,12 +1,14 @@
 """What only a GPU can show of the optimizer: no wait of the host, a captured graph, two devices."""
 
 import copy
+import itertools
+import warnings
 
 import models
 import pytest
 import torch
 
-from lomo_kernels import Lomo, ops
+from lomo_kernels import Lomo, LossScale, ops
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 BACKENDS = pytest.mark.parametrize("backend", ["native", "triton"])
@@ -28,6 +30,8 @@ def loss_of(model, ids):
         {},
         {"clip_grad_norm": 0.1},
         {"clip_grad_norm": 0.1, "norm": "tensor", "loss_scale": 64.0},
+        {"loss_scale": "dynamic"},
+        {"clip_grad_norm": 0.1, "loss_scale": LossScale(64.0, growth_interval=1)},
         {"clip_grad_value": 0.01, "weight_decay": 0.1, "rounding": "split"},
     ],
     ids=str,
@@ -39,7 +43,8 @@ def test_a_step_never_makes_the_host_wait(backend, options):
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        optimizer.backward(loss_of(model, ids))
+        for _ in range(2):
+            optimizer.backward(loss_of(model, ids))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert not optimizer.last_step_skipped
@@ -55,6 +60,54 @@ def test_backends_give_the_weights_of_the_reference(backend):
         for _ in range(3):
             optimizer.backward(loss_of(m, ids))
     assert models.same(model, models.snapshot(other))
+
+
+@BACKENDS
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_the_scale_falls_and_grows_on_the_device(backend, clip):
+    model, ids = on_gpu(torch.float16), models.tokens().cuda()
+    rule = LossScale(2.0**30, growth_interval=2)
+    optimizer = Lomo(model, lr=0.1, clip_grad_norm=clip, loss_scale=rule, backend=backend)
+    scales = []
+    for _ in range(40):
+        scales.append(optimizer.loss_scale)
+        optimizer.backward(loss_of(model, ids))
+        assert optimizer.loss_scale in (scales[-1] / 2, scales[-1], scales[-1] * 2)
+        assert (optimizer.loss_scale < scales[-1]) == optimizer.last_step_skipped
+    assert scales[5] == 2.0**25
+    assert any(b == 2 * a for a, b in itertools.pairwise(scales))
+
+
+def test_the_warning_at_the_floor_does_not_wait():
+    model, ids = on_gpu(), models.tokens().cuda()
+    optimizer = Lomo(model, lr=0.1, clip_grad_norm=1.0, loss_scale=LossScale(1.0))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for step in range(30):
+            if step > 0:
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                optimizer.backward(loss_of(model, ids) * float("nan"))
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.synchronize()
+    messages = [str(w.message) for w in seen]
+    assert sum("10 steps in a row were skipped" in m for m in messages) == 1
+
+
+def test_the_scalars_of_two_devices():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    parameters = [torch.nn.Parameter(torch.ones(100, device=f"cuda:{k}")) for k in (0, 1)]
+    rule = LossScale(64.0, growth_interval=1)
+    optimizer = Lomo(parameters, lr=1.0, clip_grad_norm=1.0, loss_scale=rule)
+    optimizer.backward(parameters[0].sum() + parameters[1].sum().to("cuda:0"))
+    assert optimizer.last_grad_norm == pytest.approx(200**0.5)
+    assert torch.equal(parameters[0].cpu(), parameters[1].cpu())
+    assert optimizer.loss_scale == 128.0
+    optimizer.backward(parameters[0].sum() + (parameters[1] * float("inf")).sum().to("cuda:0"))
+    assert optimizer.last_step_skipped
+    assert optimizer.loss_scale == 64.0
 
 
 @BACKENDS

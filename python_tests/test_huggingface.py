@@ -1,10 +1,12 @@
 """Hugging Face Trainer and accelerate, neither patched, with transformers 5 on the CPU."""
 
+import math
+
 import models
 import pytest
 import torch
 
-from lomo_kernels import Lomo
+from lomo_kernels import Lomo, LossScale
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
@@ -149,6 +151,24 @@ def test_gradient_checkpointing_in_trainer(tmp_path):
     )  # fmt: skip
     train(theirs, torch.optim.SGD(theirs.parameters(), lr=LR), tmp_path / "sgd", **options)
     assert models.difference(ours, theirs) < 1e-6
+
+
+def test_a_dynamic_scale_through_accelerate(tmp_path):
+    ours = tiny_llama()
+    rule = LossScale(64.0, growth_interval=2)
+    optimizer = Lomo(ours, lr=LR, clip_grad_norm=1.0, loss_scale=rule)
+    accelerator = accelerate.Accelerator(cpu=True)
+    loader = torch.utils.data.DataLoader(data(), batch_size=4)
+    model, _, loader = accelerator.prepare(ours, optimizer, loader)
+    for step, batch in enumerate(loader):
+        optimizer.backward(model(**batch).loss * (math.nan if step == 3 else 1.0))
+        if step == 2:
+            accelerator.save_state(tmp_path)
+    assert optimizer.loss_scale == 128.0  # 64, 128, nan: 64, 128
+    accelerator.load_state(tmp_path)
+    assert optimizer.state_dict()["loss_scale"] == {
+        "grad_scale": 128.0, "growth_tracker": 1.0, "stuck": 0.0,
+    }  # fmt: skip
 
 
 def test_accelerate_loop(tmp_path):

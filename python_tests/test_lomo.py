@@ -870,7 +870,6 @@ def test_a_weight_shared_by_reentrant_segments_is_refused():
         ({"clip_grad_norm": 0.0}, ValueError, "clip_grad_norm must be a finite number greater"),
         ({"clip_grad_value": -2}, ValueError, "clip_grad_value must be a finite number greater"),
         ({"loss_scale": 0}, ValueError, "loss_scale must be a finite number greater than 0"),
-        ({"loss_scale_args": {"init_scale": 1}}, NotImplementedError, "dynamic loss scaling"),
         ({"norm": "layer"}, ValueError, "norm must be one of ('global', 'tensor'), got 'layer'"),
         ({"strategy": "x"}, ValueError, "strategy must be one of ('auto', 'one_backward', 'two_"),
         ({"factor_budget": -1}, ValueError, "factor_budget must be at least 0 bytes, got -1"),

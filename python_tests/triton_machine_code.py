@@ -23,6 +23,8 @@ SCALARS = {
     "n": "i64", "offset": "i64", "param_id": "i32", "lr": "fp32", "decay": "fp32",
     "clip_value": "fp32", "step": "i32", "seed": "i64", "inv_scale_ptr": "*fp32",
     "clip_coef_ptr": "*fp32", "found_inf_ptr": "*fp32", "skip_ptr": "*fp32", "rows_ptr": "*i64",
+    "d_ptr": "*fp32", "sumsq_ptr": "*fp32", "found_ptr": "*fp32", "count": "i32", "flags": "i32",
+    "max_norm": "fp32", "min_scale": "fp32",
     "tensor_of_block_ptr": "*i64", "partials_ptr": "*fp32", "out_ptr": "*fp32", "low_ptr": "*i16",
 }  # fmt: skip
 
@@ -72,6 +74,10 @@ def cases(target):
             8 if target.backend == "cuda" else 4, G=dtype, LEVELS=11,
             ROWS=reference.NORM_CHUNK // reference.NORM_LANES,
         )  # fmt: skip
+    yield "decide", compile_kernel(
+        kernels.decide_kernel, target, {}, 4, CLIP=True, GROWTH=2.0, BACKOFF=0.5, INTERVAL=2000,
+        LEVELS=8,
+    )  # fmt: skip
 
 
 def nvidia(compiled):

@@ -59,7 +59,7 @@ class Settings:
     strategy: str = "auto"
     clip_grad_value: float | None = None
     weight_decay: float = 0.0
-    loss_scale: float | None = None
+    loss_scale: float | str | None = "auto"
     dtype: str = "float32"
     rounding: str = "auto"
     backend: str = "auto"
@@ -245,7 +245,8 @@ class _Job:
         progress["gradients"] = max(progress["gradients"], self.held.peak, waiting)
         progress["states"] = max(progress["states"], state_bytes(self.optimizer))
         tokens = int(batch["attention_mask"].sum())
-        show(step + 1, value, norm, tokens / seconds)
+        scale = self.optimizer.loss_scale if isinstance(self.optimizer, Lomo) else None
+        show(step + 1, value, norm, tokens / seconds, scale, progress["skipped"])
 
     def _examples(self, step):
         epoch, place = divmod(step, self.per_epoch)

@@ -42,7 +42,8 @@ class Display:
 
     @contextlib.contextmanager
     def steps(self, total, first):
-        """Gives a function to be called after each step: (step, loss, norm, tokens per second)."""
+        """Gives a function to be called after each step: (step, loss, norm, tokens per second,
+        loss scale or None, skipped steps so far)."""
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         bar = Progress(
@@ -55,10 +56,14 @@ class Display:
         )
         task = bar.add_task("", total=total, completed=first, text="")
 
-        def show(step, loss, norm, rate):
+        def show(step, loss, norm, rate, scale, skipped):
             text = f"loss {loss:.3f}"
             if norm is not None:
                 text += f", gradient norm {norm:.2f}"
+            if scale is not None:
+                text += f", loss scale {scale:g}"
+            if scale is not None or skipped:
+                text += f", {skipped} skipped"
             text += f", {rate:.0f} tokens/s, peak memory {gib(peak_memory())} GiB"
             bar.update(task, completed=step, text=text)
             every = max(1, total // LINES)
@@ -75,11 +80,13 @@ class Display:
         name = reports[0].after.name
         table = Table(title=f"{name} of held-out data, {reports[0].steps} steps")
         table.add_column("optimizer", no_wrap=True)
-        for column in ("before", "after", "loss", "seconds", "gradients, GiB", "states, GiB"):
+        for column in (
+            "before", "after", "loss", "skipped", "seconds", "gradients, GiB", "states, GiB",
+        ):  # fmt: skip
             table.add_column(column, justify="right")
         for r in reports:
             table.add_row(
                 r.optimizer, f"{r.before.value:.3f}", f"{r.after.value:.3f}", f"{r.loss:.3f}",
-                f"{r.seconds:.0f}", gib(r.gradient_bytes), gib(r.state_bytes),
+                str(r.skipped), f"{r.seconds:.0f}", gib(r.gradient_bytes), gib(r.state_bytes),
             )  # fmt: skip
         self.console.print(table)

@@ -1,7 +1,7 @@
 """Operations on one tensor, or on a list of tensors, at a time.
 
-`lomo_update_` and `grad_sumsq_` are the contract that every backend keeps: this module checks the
-arguments, chooses the backend and tells autograd what was written. Backends, in order of
+`lomo_update_`, `grad_sumsq_` and `decide_` are the contract that every backend keeps: this module
+checks the arguments, chooses the backend and tells autograd what was written. Backends, in order of
 preference: `native` (C++ and CUDA), `triton`, `reference` (plain PyTorch).
 """
 
@@ -16,8 +16,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
     "BACKENDS",
+    "DECISIONS",
     "DTYPES",
     "ROUNDINGS",
+    "decide_",
     "grad_sumsq_",
     "lomo_update_",
     "pick_backend",
@@ -27,6 +29,11 @@ __all__ = [
 BACKENDS = ("native", "triton", "reference")
 ROUNDINGS = ("nearest", "stochastic", "split")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Elements of the tensor that `decide_` works on.
+DECISIONS = (
+    "inv_scale", "clip_coef", "found_inf", "skip", "total_norm", "grad_scale", "growth_tracker",
+    "stuck",
+)  # fmt: skip
 
 
 def unavailable(name, device):
@@ -213,12 +220,7 @@ def grad_sumsq_(sumsq, grad, *, inv_scale=None, found_inf=None, backend="auto"):
         RuntimeError: the backend cannot run on grad's device, or its kernel failed.
     """
     grads = [grad] if isinstance(grad, torch.Tensor) else list(grad)
-    if not isinstance(sumsq, torch.Tensor):
-        raise TypeError(f"sumsq must be a tensor, got {type(sumsq).__name__}")
-    if sumsq.dtype is not torch.float32 or not sumsq.is_contiguous():
-        raise TypeError(
-            f"sumsq must be contiguous float32, got {sumsq.dtype} with strides {sumsq.stride()}"
-        )
+    _check_floats("sumsq", sumsq)
     if sumsq.numel() != len(grads):
         raise ValueError(
             f"sumsq must have one element per gradient ({len(grads)}), got {sumsq.numel()}"
@@ -242,6 +244,104 @@ def grad_sumsq_(sumsq, grad, *, inv_scale=None, found_inf=None, backend="auto"):
         if out is not flat:
             flat[places] = out
     torch.autograd.graph.increment_version(sumsq)
+
+
+def decide_(
+    decisions,
+    sumsq=None,
+    *,
+    found_inf=None,
+    max_norm=None,
+    out=None,
+    growth_factor=2.0,
+    backoff_factor=0.5,
+    growth_interval=0,
+    min_scale=1.0,
+    backend="auto",
+):
+    """From squared norms and overflow flags to what a step does, in one launch, on the device.
+
+    `decisions` holds the scalars of a step in the order of `DECISIONS`. With `sumsq`::
+
+        total_norm = sqrt(sum(sumsq))
+        clip_coef  = min(1, max_norm / (total_norm + 1e-6))      if max_norm is given
+
+    The sum is taken in float64 in a fixed order (256 lanes that each add every 256th element, then
+    neighbouring lanes in pairs) and rounded to fp32; square root and quotient are rounded once.
+    Then found_inf and skip are both set to 1 if one of them or of the further flags is not 0, and
+    to 0 otherwise. inv_scale, grad_scale, growth_tracker and stuck stay, because the step is not
+    over: `out` becomes the decisions that the next step begins with, with inv_scale = 1 /
+    grad_scale, clip_coef 1, the flags and the norm 0. If growth_interval > 0 its scale follows
+    `torch.amp.GradScaler`, rounded once from float64, with a floor::
+
+        found:  grad_scale = max(grad_scale * backoff_factor, min_scale) and growth_tracker = 0;
+                stuck counts such steps in a row at which grad_scale could not be lowered
+        else:   growth_tracker += 1; at growth_interval it becomes 0, and
+                grad_scale = grad_scale * growth_factor unless that is infinite
+
+    Args:
+        decisions: contiguous float32 tensor of `len(DECISIONS)` elements, written in place.
+        sumsq: contiguous float32 tensor of squared norms, one or more. None: no norm.
+        found_inf: contiguous float32 tensor of further flags, any number of them.
+        max_norm: a Python number > 0. None: clip_coef stays.
+        out: another tensor like decisions, overwritten. None: nothing of the next step is decided.
+        growth_factor, backoff_factor, min_scale: Python numbers, > 1, in (0, 1) and > 0.
+        growth_interval: 0 <= growth_interval <= 2**24; 0: the scale stays.
+        backend: "auto", "native", "triton" or "reference".
+
+    Raises:
+        TypeError, ValueError: which argument, what was wanted, what came; nothing was written.
+        RuntimeError: the backend cannot run on decisions' device, or its kernel failed.
+    """
+    _check_floats("decisions", decisions)
+    device = decisions.device
+    for name, tensor in (("sumsq", sumsq), ("found_inf", found_inf), ("out", out)):
+        if tensor is not None:
+            _check_floats(name, tensor)
+            if tensor.device != device:
+                raise ValueError(
+                    f"{name} must be on decisions' device {device}, got {tensor.device}"
+                )
+    for name, tensor in (("decisions", decisions), ("out", out)):
+        if tensor is not None and tensor.numel() != len(DECISIONS):
+            raise ValueError(f"{name} must have {len(DECISIONS)} elements, got {tensor.numel()}")
+    if sumsq is not None and sumsq.numel() == 0:
+        raise ValueError("sumsq must have at least one element, got none")
+    if out is not None and out.data_ptr() == decisions.data_ptr():
+        raise ValueError("out and decisions must be two tensors, got the same one twice")
+    if max_norm is not None and not (
+        isinstance(max_norm, (float, int)) and 0 < max_norm < math.inf
+    ):
+        raise ValueError(f"max_norm must be a finite number greater than 0, got {max_norm!r}")
+    for name, value, low, high in (
+        ("growth_factor", growth_factor, 1, math.inf),
+        ("backoff_factor", backoff_factor, 0, 1),
+        ("min_scale", min_scale, 0, math.inf),
+    ):
+        if not (isinstance(value, (float, int)) and low < value < high):
+            raise ValueError(f"{name} must be a number between {low} and {high}, got {value!r}")
+    _check_integer("growth_interval", growth_interval, 2**24 + 1)
+    pick_backend(device, backend).decide_(
+        decisions,
+        sumsq,
+        found_inf,
+        out,
+        max_norm=0.0 if max_norm is None else _float32(max_norm),
+        min_scale=_float32(min_scale),
+        growth_factor=float(growth_factor),
+        backoff_factor=float(backoff_factor),
+        growth_interval=growth_interval,
+    )
+    torch.autograd.graph.increment_version([t for t in (decisions, out) if t is not None])
+
+
+def _check_floats(name, value):
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dtype is not torch.float32 or not value.is_contiguous():
+        raise TypeError(
+            f"{name} must be contiguous float32, got {value.dtype} with strides {value.stride()}"
+        )
 
 
 def _as_list(name, value, length, default=None):

@@ -44,6 +44,10 @@ def _address(tensor):
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _numel(tensor):
+    return 0 if tensor is None else tensor.numel()
+
+
 def _where(device):
     """The trailing arguments of a call: threads on the CPU, device and stream on CUDA."""
     if device.type == "cpu":
@@ -83,4 +87,17 @@ def grad_sumsq_(sumsq, grads, *, inv_scale, found_inf):
         rows.buffer_info()[0], len(grads), _DTYPE[grads[0].dtype],
         _address(inv_scale), _address(found_inf), sumsq.data_ptr(), _address(partials),
         *_where(device),
+    )  # fmt: skip
+
+
+def decide_(
+    decisions, sumsq, found_inf, out, *, max_norm, min_scale, growth_factor, backoff_factor,
+    growth_interval,
+):  # fmt: skip
+    device = decisions.device
+    run, where = (_C.cpu_decide, ()) if device.type == "cpu" else (_C.cuda_decide, _where(device))
+    run(
+        decisions.data_ptr(), _address(out), _address(sumsq), _numel(sumsq), _address(found_inf),
+        _numel(found_inf), max_norm, min_scale, growth_factor, backoff_factor, growth_interval,
+        *where,
     )  # fmt: skip

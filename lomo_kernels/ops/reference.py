@@ -7,6 +7,7 @@ import torch
 
 NORM_LANES = 2048
 NORM_CHUNK = 8 * NORM_LANES
+DECIDE_LANES = 256
 _LOW_32_BITS = 0xFFFFFFFF
 
 
@@ -122,7 +123,7 @@ def lomo_update_(
 
 
 def _add_in_order(rows):
-    """Sums [..., rows, NORM_LANES]: down the rows, then neighbouring lanes in pairs."""
+    """Sums [..., rows, lanes]: down the rows, then neighbouring lanes in pairs."""
     lanes = rows[..., 0, :]
     for row in range(1, rows.shape[-2]):
         lanes = lanes + rows[..., row, :]
@@ -150,3 +151,38 @@ def grad_sumsq_(sumsq, grads, *, inv_scale, found_inf):
         if partials.numel() > 1:
             partials = _add_in_order(_padded(partials, NORM_LANES).view(-1, NORM_LANES))
         sumsq[k] = partials.view(())
+
+
+@torch.no_grad()
+def decide_(
+    decisions, sumsq, found_inf, out, *, max_norm, min_scale, growth_factor, backoff_factor,
+    growth_interval,
+):  # fmt: skip
+    """See `lomo_kernels.ops.decide_`."""
+    _, clip_coef, *_, total_norm, scale, tracker, stuck = decisions.unbind()
+    if sumsq is not None:
+        lanes = _padded(sumsq.double(), DECIDE_LANES).view(-1, DECIDE_LANES)
+        total_norm.copy_(_add_in_order(lanes).float().sqrt())
+        if max_norm > 0:  # a number divided by a tensor would be its reciprocal times the number
+            limit = torch.full_like(total_norm, max_norm)
+            clip_coef.copy_((limit / (total_norm + 1e-6)).clamp(max=1.0))
+    flags = decisions[2:4]
+    found = (flags != 0).any()
+    if found_inf is not None:
+        found = found | (found_inf != 0).any()
+    flags.copy_(found)
+    if out is None:
+        return
+    if growth_interval > 0:
+        at_floor = scale <= min_scale
+        lower = torch.where(
+            at_floor, scale, (scale.double() * backoff_factor).float().clamp(min=min_scale)
+        )
+        higher = (scale.double() * growth_factor).float()
+        grow = tracker + 1 >= growth_interval
+        kept = torch.where(grow & higher.isfinite(), higher, scale)
+        scale = torch.where(found, lower, kept)
+        tracker = torch.where(found | grow, 0.0, tracker + 1)
+        stuck = torch.where(found & at_floor, stuck + 1, 0.0)
+    one, zero = torch.ones_like(scale), torch.zeros_like(scale)
+    out.copy_(torch.stack((one / scale, one, zero, zero, zero, scale, tracker, stuck)))

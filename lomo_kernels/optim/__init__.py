@@ -1,5 +1,6 @@
 """The optimizers: when a gradient is used, and with which coefficients."""
 
 from .lomo import Lomo
+from .loss_scale import LossScale
 
-__all__ = ["Lomo"]
+__all__ = ["Lomo", "LossScale"]

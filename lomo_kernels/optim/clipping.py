@@ -1,4 +1,4 @@
-"""From squared norms to a clip coefficient, on the device."""
+"""The squared norms of a step, from which `Decisions` makes a clip coefficient."""
 
 import torch
 
@@ -15,13 +15,6 @@ class SquaredNorms:
             self._slots[device] = torch.zeros(self._count, device=device)
         return self._slots[device][param_id]
 
-    def total_norm(self):
-        """sqrt of the sum over all parameters, on the device of the first gradient."""
-        # In float64 the order of a few hundred additions does not show in the result.
-        sums = [slots.sum(dtype=torch.float64) for slots in self._slots.values()]
-        return torch.stack([s.to(sums[0].device) for s in sums]).sum().sqrt().float()
-
-
-def clip_coefficient(total_norm, max_norm):
-    """min(1, max_norm / (total_norm + 1e-6)), as `torch.nn.utils.clip_grad_norm_` has it."""
-    return (max_norm / (total_norm + 1e-6)).clamp(max=1.0)
+    def tensors(self):
+        """Everything that adds up to the square of the total norm."""
+        return list(self._slots.values())

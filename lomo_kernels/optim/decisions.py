@@ -2,9 +2,14 @@
 
 import torch
 
+from .. import ops
+from .loss_scale import StuckWarning
 
-class Decisions:
-    """inv_scale, clip_coef and the overflow flags of one step on one device.
+_PLACE = {name: place for place, name in enumerate(ops.DECISIONS)}
+
+
+class DeviceDecisions:
+    """One step's scalars on one device, as one-element tensors for the kernels.
 
     Note [Two flags]
     Once a gradient is not finite, the rest of the step is skipped. A kernel that read and wrote one
@@ -13,14 +18,16 @@ class Decisions:
     swaps them: what an update does depends only on the updates before it.
     """
 
-    def __init__(self, device, inv_scale):
-        self._values = torch.zeros(4, device=device)
-        self.inv_scale = None
-        if inv_scale != 1.0:
-            self.inv_scale = self._values[0].fill_(inv_scale)
-        self.clip_coef = None
-        self._flags = self._values[2:]
-        self._pair = (self._values[2], self._values[3])
+    def __init__(self, values, scaled, backend):
+        self.values = values
+        self._backend = backend
+        scalars = values.unbind()
+        self.inv_scale = scalars[_PLACE["inv_scale"]] if scaled else None
+        self.clip_coef = None  # nothing is clipped until a norm was decided on
+        self.total_norm = scalars[_PLACE["total_norm"]]
+        self._clip_coef = scalars[_PLACE["clip_coef"]]
+        self._own = None
+        self._pair = (scalars[_PLACE["found_inf"]], scalars[_PLACE["skip"]])
 
     def next_flags(self):
         """(skip, found_inf) for the next update."""
@@ -32,12 +39,153 @@ class Decisions:
         """The flag that the next update will read."""
         return self._pair[1]
 
-    def found_inf(self):
-        """A tensor that is not 0 when the step, as far as it went, met a non-finite gradient."""
-        return self._flags.max()
+    @property
+    def flags(self):
+        return self.values[_PLACE["found_inf"] : _PLACE["skip"] + 1]
 
-    def decide(self, clip_coef, found_inf):
-        """Sets what a norm pass found, before the first update: all or nothing is written."""
-        if clip_coef is not None:
-            self.clip_coef = self._values[1].copy_(clip_coef)
-        self._flags.copy_(found_inf.expand(2))
+    def decide(self, sumsq=None, **options):
+        ops.decide_(self.values, sumsq, backend=self._backend, **options)
+        if options.get("max_norm") is not None:
+            self.clip_coef = self._clip_coef
+
+    def own_coefficient(self, sumsq, max_norm):
+        """The clip coefficient of one tensor by its own norm, until the next call."""
+        if self._own is None:  # beside the step's, whose norm is that of all tensors
+            self._own = torch.zeros_like(self.values)
+        ops.decide_(self._own, sumsq, max_norm=max_norm, backend=self._backend)
+        return self._own[_PLACE["clip_coef"]]
+
+
+class Decisions:
+    """inv_scale, clip_coef, flags, norm and loss scale of an optimizer's steps.
+
+    The first device (that of the first parameter) decides, with one launch of `ops.decide_`; what
+    it decided is copied to the others. Each step has its own tensor, so that inv_scale stays as it
+    is until the step's updates ran although the next scale is decided before, and so that what is
+    asked about the last step does not change under the next one.
+    """
+
+    def __init__(self, scale, rule, backend):
+        self.rule = rule  # a LossScale where the scale is dynamic
+        self._backend = backend
+        self._warning = StuckWarning()
+        self.set(scale)
+
+    def set(self, scale, growth_tracker=0, stuck=0):
+        """The state from the host: at the beginning, and from a checkpoint."""
+        self._host = {"grad_scale": scale, "growth_tracker": growth_tracker, "stuck": stuck}
+        self._start = None
+        self._begin()
+
+    def _begin(self):
+        self.scaled = False  # whether the loss of the step was multiplied by the scale
+        self.decided = False
+        self._devices = {}
+        self._first = self._scale = self._out = None
+
+    @property
+    def is_open(self):
+        return self._first is not None
+
+    def open(self, first):
+        """Begins a step, unless one has begun, on the device `first`."""
+        if self._first is not None:
+            return
+        if self._start is None:
+            # written by kernels, not copied from the host, which would wait
+            self._start = torch.zeros(len(_PLACE), device=first)
+            known = {"inv_scale": 1 / self._host["grad_scale"], "clip_coef": 1.0, **self._host}
+            for name, value in known.items():
+                if value:
+                    self._start[_PLACE[name]].fill_(value)
+        self._start = self._start.to(first, non_blocking=True)
+        self._first = DeviceDecisions(self._start, self.scaled, self._backend)
+        self._devices[self._start.device] = self._first
+
+    def on(self, device):
+        """The scalars on a device in an open step."""
+        if device not in self._devices:
+            values = self._first.values.to(device, non_blocking=True)
+            self._devices[device] = DeviceDecisions(values, self.scaled, self._backend)
+            if self._first.clip_coef is not None:
+                self._devices[device].clip_coef = self._devices[device]._clip_coef
+        return self._devices[device]
+
+    def scale(self, device):
+        """The factor of the loss, a tensor on its device, the same all through a step."""
+        if self._scale is None:
+            # a copy: autograd keeps it, and the flags beside it change while backward runs
+            self._scale = self._first.values[_PLACE["grad_scale"]].clone()
+        return self._scale.to(device, non_blocking=True)
+
+    def decide(self, sumsq, max_norm=None):
+        """Before the first update: from tensors of squared norms, any number of elements in all,
+        to the norm, the clip coefficient and whether anything may be written at all, on every
+        device; and to the loss scale of the next step.
+
+        Returns:
+            The norm, a one-element tensor on the first device.
+        """
+        self._decide(sumsq, max_norm, self.scaled)
+        self.decided = True
+        results = slice(_PLACE["clip_coef"], _PLACE["total_norm"] + 1)
+        for device in self._others():
+            device.values[results].copy_(self._first.values[results], non_blocking=True)
+            device.clip_coef = None if max_norm is None else device._clip_coef
+        return self._first.total_norm
+
+    def close(self, sumsq=(), counts=True):
+        """Ends the step: what is left of its norm and flags, and the next step's loss scale.
+
+        Args:
+            sumsq: tensors of squared norms, where they are for the total norm alone.
+            counts: False: the step used no gradient, so the scale stays.
+
+        Returns:
+            The scalars of the step on each device, the first one first.
+        """
+        if not self.is_open:
+            self._begin()
+            return []
+        if not self.decided:
+            self._decide(list(sumsq), None, self.scaled and counts)
+        devices, self._start = list(self._devices.values()), self._out
+        if self.rule is not None:
+            self._warning.look(self._start[_PLACE["stuck"]], self.rule.min_scale)
+        self._begin()
+        return devices
+
+    def state(self):
+        """For a checkpoint; asks the device."""
+        values = self._first.values if self.is_open else self._start
+        if values is None:
+            return dict(self._host)
+        values = values.tolist()
+        return {name: values[_PLACE[name]] for name in self._host}
+
+    def _others(self):
+        return [d for d in self._devices.values() if d is not self._first]
+
+    def _decide(self, sumsq, max_norm, adapts):
+        rule = {}
+        if adapts and self.rule is not None:
+            rule = {
+                "growth_factor": self.rule.growth_factor,
+                "backoff_factor": self.rule.backoff_factor,
+                "growth_interval": self.rule.growth_interval,
+                "min_scale": self.rule.min_scale,
+            }
+        self._out = torch.empty_like(self._first.values)
+        self._first.decide(
+            self._gather(sumsq),
+            found_inf=self._gather([d.flags for d in self._others()]),
+            max_norm=max_norm,
+            out=self._out,
+            **rule,
+        )
+
+    def _gather(self, tensors):
+        """All elements as one tensor on the first device; None without any."""
+        device = self._first.values.device
+        tensors = [t.to(device, non_blocking=True).view(-1) for t in tensors]
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors) if tensors else None

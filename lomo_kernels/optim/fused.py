@@ -10,9 +10,10 @@ from collections import Counter
 import torch
 
 from .. import ops
-from .clipping import SquaredNorms, clip_coefficient
+from .clipping import SquaredNorms
 from .decisions import Decisions
 from .linear import Cancellation, Pending, gram_is_cheaper, gram_sumsq, tokens_of
+from .loss_scale import LossScale, asked
 from .release import GradientRelease, taken
 from .watching import Watch
 
@@ -28,14 +29,9 @@ class _Step:
     def __init__(self):
         self.updated = set()  # ids of the parameters whose gradient was used
         self.pending = {}  # id(param) -> Pending: gradients that wait for the norm
-        self.decisions = {}  # device -> Decisions
-        self.loss_is_scaled = False
         self.norm_known = False
         self.grad_norm = None
-
-    def found_inf(self):
-        flags = [d.found_inf() for d in self.decisions.values()]
-        return torch.stack([flag.to(flags[0].device) for flag in flags]).max() if flags else None
+        self.devices = []  # the scalars on each of them, once the step is closed
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -51,20 +47,13 @@ class FusedOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(
-        self,
-        model_or_params,
-        defaults,
-        *,
-        clip_grad_norm,
-        norm,
-        strategy,
-        factor_budget,
-        loss_scale,
-        backend,
-    ):
+        self, model_or_params, defaults, *, clip_grad_norm, norm, strategy, factor_budget,
+        loss_scale, loss_scale_args, backend,
+    ):  # fmt: skip
         self._ready = False  # the base class adds the first groups before the rest exists
         self.clip_grad_norm = _positive_or_none("clip_grad_norm", clip_grad_norm)
-        self.loss_scale = _positive_or_none("loss_scale", loss_scale)
+        self._loss_scale = asked(loss_scale, loss_scale_args)
+        self._scale_was_asked = self._loss_scale not in (None, "auto")
         if norm not in NORMS:
             raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
         if strategy not in STRATEGIES:
@@ -93,6 +82,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._names = {id(p): name for name, p in model_or_params.named_parameters()}
             model_or_params = model_or_params.parameters()
         super().__init__(model_or_params, {**defaults, "step": 0})
+        self._decisions = self._new_decisions()
+        self._scaling()
         self._step = _Step()
         self._ready = self._attached = True
         self._release = GradientRelease(self._on_gradient)
@@ -155,12 +146,23 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none=True):
         """Drops gradients that were held back. What backward has already applied stays applied."""
-        self._close()
+        held = self._step.pending or any(p.grad is not None for p in self._params())
+        self._close(abandon=bool(held))
         super().zero_grad(set_to_none)
+
+    def state_dict(self):
+        """As torch; with dynamic loss scaling also `loss_scale`, for which the device is asked."""
+        state = super().state_dict()
+        if isinstance(self._scaling(), LossScale):
+            state["loss_scale"] = self._decisions.state()
+        return state
 
     def load_state_dict(self, state_dict):
         """As torch, but state keeps its dtype: torch would cast it to the parameter's."""
         super().load_state_dict(state_dict)
+        if isinstance(self._scaling(), LossScale) and "loss_scale" in state_dict:
+            saved = state_dict["loss_scale"]
+            self._decisions.set(saved["grad_scale"], saved["growth_tracker"], saved["stuck"])
         indices = [i for group in state_dict["param_groups"] for i in group["params"]]
         for index, param in zip(indices, self._params()):
             for key, value in state_dict["state"].get(index, {}).items():
@@ -199,6 +201,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             The total norm before clipping, a float32 tensor on the device (the host does not wait).
         """
         self._open_for_backward()
+        if self._step.norm_known:
+            self._close()  # a norm that no update followed
         if self._global_norm and self._choose() == "one_backward":
             with self._dropping_on_error():
                 self.scale(loss).backward()
@@ -216,7 +220,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             # Only our parameters: what others accumulate must not see this backward twice.
             torch.autograd.backward(self.scale(loss), retain_graph=True, inputs=inputs)
         except BaseException as error:
-            self._step = _Step()
+            self._step.updated.clear()
+            self._close(abandon=True)
             if "use_reentrant" in str(error):
                 raise RuntimeError(
                     "the norm pass needs non-reentrant checkpointing: pass use_reentrant=False"
@@ -253,15 +258,23 @@ class FusedOptimizer(torch.optim.Optimizer):
         try:
             yield
         except BaseException:
-            self._close()
+            self._close(abandon=True)
             raise
 
     def scale(self, loss):
         """loss * loss_scale, for `opt.scale(loss).backward()`; the updates divide by it again."""
-        if self.loss_scale is None:
+        scaling = self._scaling()
+        if scaling is None:
             return loss
-        self._step.loss_is_scaled = True
-        return loss * self.loss_scale
+        if self._decisions.is_open and not self._decisions.scaled:
+            raise RuntimeError(
+                "this step has used gradients of a loss that was not scaled: call step() first"
+            )
+        self._decisions.scaled = True
+        if not isinstance(scaling, LossScale):
+            return loss * scaling
+        self._decisions.open(next(self._params()).device)
+        return loss * self._decisions.scale(loss.device)
 
     @contextlib.contextmanager
     def accumulate(self):
@@ -300,8 +313,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         at all was written. Otherwise the parameters that backward reached before the non-finite
         gradient are updated, the elements with a non-finite gradient never.
         """
-        found = None if self._last is None else self._last.found_inf()
-        return found is not None and bool(found)
+        devices = [] if self._last is None else self._last.devices
+        return any(bool(device.flags.any()) for device in devices)
 
     @property
     def last_grad_norm(self):
@@ -337,6 +350,14 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"{r['held']} of held gradients"
             )
         return "\n".join(lines) or f"strategy {self.strategy}: no step was made yet"
+
+    @property
+    def loss_scale(self):
+        """The factor of the next loss, None without scaling; asks the device if it is dynamic."""
+        scaling = self._scaling()
+        if isinstance(scaling, LossScale):
+            return self._decisions.state()["grad_scale"]
+        return scaling
 
     # -- inside ------------------------------------------------------------------------------------
 
@@ -443,7 +464,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return True
 
     def _pending(self, param, device):
-        self._decisions(device)  # asks whether the loss was scaled
+        self._decisions_on(device)  # asks whether the loss was scaled
         return self._step.pending.setdefault(id(param), Pending(param))
 
     @torch.no_grad()
@@ -466,7 +487,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         total, magnitude = gram_sumsq(uses)
         if not self._cancellation.note(param_id, total, magnitude):
             return False
-        decisions = self._decisions(device)
+        decisions = self._decisions_on(device)
         if decisions.inv_scale is not None:
             total = total * decisions.inv_scale.double().square()
         decisions.skip.masked_fill_(~total.isfinite(), 1.0)
@@ -498,7 +519,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 "each backward, or put the earlier ones of a step under "
                 "`with optimizer.accumulate():`"
             )
-        decisions = self._decisions(grad.device)
+        decisions = self._decisions_on(grad.device)
         if self._global_norm and not self._step.norm_known and not self._measuring:
             raise RuntimeError(
                 "with strategy='two_backward' clip_grad_norm needs the norm of all gradients "
@@ -517,7 +538,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _measure(self, param, grad, out=None):
         """Squared norm of a gradient, into the parameter's slot or `out`."""
-        decisions = self._decisions(grad.device)
+        decisions = self._decisions_on(grad.device)
         if out is None:
             out = self._norms.slot(grad.device, self._places[id(param)][1])
         ops.grad_sumsq_(
@@ -527,7 +548,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _apply(self, param, grad, clip_coef, first_row=0):
         group_index, param_id = self._places[id(param)]
-        decisions = self._decisions(grad.device)
+        decisions = self._decisions_on(grad.device)
         skip, found_inf = decisions.next_flags()
         scalars = {
             "inv_scale": decisions.inv_scale,
@@ -542,20 +563,35 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._norms = SquaredNorms(len(self._places))
         sumsq = self._norms.slot(grad.device, self._places[id(param)][1])
         self._measure(param, grad, sumsq)
-        return clip_coefficient(sumsq.sqrt(), self.clip_grad_norm)
+        return self._decisions_on(grad.device).own_coefficient(sumsq, self.clip_grad_norm)
 
-    def _decisions(self, device):
-        found = self._step.decisions.get(device)
-        if found is None:
-            if self.loss_scale is not None and not self._step.loss_is_scaled:
+    def _scaling(self):
+        """The loss scaling in force: None, a number, or a LossScale."""
+        if self._loss_scale == "auto":
+            if self._decisions.is_open or not any(
+                p.requires_grad and p.dtype is torch.float16 for p in self._params()
+            ):
+                return None
+            self._loss_scale = LossScale()
+            self._decisions = self._new_decisions()
+        return self._loss_scale
+
+    def _new_decisions(self):
+        scaling = self._loss_scale
+        if isinstance(scaling, LossScale):
+            return Decisions(scaling.init_scale, scaling, self._backend)
+        return Decisions(scaling if isinstance(scaling, float) else 1.0, None, self._backend)
+
+    def _decisions_on(self, device):
+        if not self._decisions.is_open:
+            if self._scale_was_asked and not self._decisions.scaled:
                 raise RuntimeError(
-                    f"loss_scale={self.loss_scale} was asked for, but this gradient comes from a "
+                    f"loss_scale={self._loss_scale} was asked for, but this gradient comes from a "
                     "loss that was not scaled: call optimizer.scale(loss).backward() or "
                     "optimizer.backward(loss)"
                 )
-            inv_scale = 1.0 if self.loss_scale is None else 1.0 / self.loss_scale
-            found = self._step.decisions[device] = Decisions(device, inv_scale)
-        return found
+            self._decisions.open(next(self._params()).device)
+        return self._decisions.on(device)
 
     @torch.no_grad()
     def _update_held(self, held):
@@ -581,7 +617,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             _, pending = self._step.pending.popitem()
             self._step.updated.add(id(pending.param))
             for first_row, grad in pending.blocks():
-                coef = self._decisions(grad.device).clip_coef
+                coef = self._decisions_on(grad.device).clip_coef
                 self._apply(pending.param, grad, coef, first_row)
 
     @torch.no_grad()
@@ -623,23 +659,26 @@ class FusedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _decide(self, norms):
         """Turns squared norms into the coefficient and the skip of the updates to come."""
-        step = self._step
-        if not step.decisions:  # no parameter had a gradient
+        if not norms.tensors():  # no parameter had a gradient
             return
-        step.grad_norm = norms.total_norm()
-        coef = clip_coefficient(step.grad_norm, self.clip_grad_norm) if self._global_norm else None
-        found_inf = step.found_inf()
-        for decisions in step.decisions.values():
-            decisions.decide(coef, found_inf)
-        step.norm_known = True
+        max_norm = self.clip_grad_norm if self._global_norm else None
+        self._step.grad_norm = self._decisions.decide(norms.tensors(), max_norm)
+        self._step.norm_known = True
 
-    def _close(self):
-        step, self._step = self._step, _Step()
+    @torch.no_grad()
+    def _close(self, abandon=False):
+        step = self._step
+        used = step.updated or step.norm_known
+        if self._decisions.scaled and not used and not abandon:
+            return  # a scaled loss waits for its backward
+        self._step = _Step()
+        sumsq = [] if self._norms is None else self._norms.tensors()
+        self._norms = None
+        step.devices = self._decisions.close(sumsq, counts=bool(step.updated))
         if not step.updated:
             return
-        if self._norms is not None and step.grad_norm is None:
-            step.grad_norm = self._norms.total_norm()
-        self._norms = None
+        if sumsq:
+            step.grad_norm = step.devices[0].total_norm
         for group in self.param_groups:
             group["step"] += 1
         self._last = step

@@ -28,7 +28,8 @@ class Lomo(FusedOptimizer):
             the gradients after unscaling and before clipping by value. Paper, section 3.3.
         clip_grad_value: largest absolute value of an element, after unscaling. Paper, section 3.3.
         weight_decay: decoupled, applied in fp32 inside the update.
-        loss_scale_args: dynamic loss scaling of lomo_optim; not supported yet, pass `loss_scale`.
+        loss_scale_args: lomo_optim's way to ask for dynamic loss scaling: a dict with init_scale,
+            scale_factor (growth, and one over backoff), scale_window (growth interval), min_scale.
         norm: "global": one norm of all gradients, known before the first update. "tensor": each
             tensor is clipped by its own norm, inside backward.
         strategy: how the global norm is known before the first update. "one_backward": gradients
@@ -42,7 +43,10 @@ class Lomo(FusedOptimizer):
         rounding: of the stored parameter: "nearest", "stochastic", "split" (see
             `ops.lomo_update_`), or "auto": stochastic for bf16, where nearest loses most of a small
             update, nearest for fp16 and fp32.
-        loss_scale: a constant by which `backward`, `fused_backward` and `scale` multiply the loss.
+        loss_scale: the factor by which `backward`, `fused_backward`, `grad_norm` and `scale`
+            multiply the loss, and the updates divide. A number; "dynamic" or a `LossScale`, which
+            follow `torch.amp.GradScaler`; None; or "auto": dynamic where a trained parameter is
+            float16, else None, and a bare `loss.backward()` is neither multiplied nor divided.
         backend: "auto", "native", "triton" or "reference".
         seed: of stochastic rounding; the same seed and data give the same weights.
 
@@ -64,15 +68,10 @@ class Lomo(FusedOptimizer):
         strategy="auto",
         factor_budget=None,
         rounding="auto",
-        loss_scale=None,
+        loss_scale="auto",
         backend="auto",
         seed=0,
     ):
-        if loss_scale_args:
-            raise NotImplementedError(
-                "dynamic loss scaling (loss_scale_args) is not supported yet: pass a constant "
-                "loss_scale, or train in bfloat16, which needs none"
-            )
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -88,6 +87,7 @@ class Lomo(FusedOptimizer):
             strategy=strategy,
             factor_budget=factor_budget,
             loss_scale=loss_scale,
+            loss_scale_args=loss_scale_args,
             backend=backend,
         )
 

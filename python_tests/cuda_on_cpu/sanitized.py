@@ -120,6 +120,20 @@ def check_sumsq(dtype, shift):
     assert sumsq(C.cuda_sumsq, (0, 0), grads, dtype) == sumsq(C.cpu_sumsq, (2,), grads, dtype)
 
 
+def check_decide(count, flags, found):
+    start = struct.pack("8f", 1 / 64, 1, 0, 0, 0, 64, 2, 0)
+    written = []
+    for run, where in ((C.cuda_decide, (0, 0)), (C.cpu_decide, ())):
+        decisions, out = Buffer(start), Buffer(bytes(32))
+        sums = Buffer(b"\x3f" * (4 * count))
+        others = Buffer(struct.pack(f"{flags}f", *[found] * flags))
+        factors = (0.5, 1.0, 2.0, 0.5, 3)  # max_norm, min_scale, growth, backoff, interval
+        pointers = (sums.address if count else 0, count, others.address if flags else 0, flags)
+        run(decisions.address, out.address, *pointers, *factors, *where)
+        written.append((decisions.read(), out.read()))
+    assert written[0] == written[1]
+
+
 def main():
     random.seed(0)
     cases = [
@@ -134,6 +148,9 @@ def main():
     for dtype in WIDTH:
         for shift in (0, 3):
             check_sumsq(dtype, shift)
+    for count in (0, 1, 255, 256, 257, 1000):
+        for flags in (0, 1, 5):
+            check_decide(count, flags, float(count % 2))
     print(f"{3 * len(cases) + 2 * len(WIDTH)} lists of tensors, no error")
     if "--overrun" in sys.argv:  # proves that an overrun would have been seen
         short = Buffer(bytes(2 * 100))
