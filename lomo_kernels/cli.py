@@ -68,7 +68,7 @@ def _add_finetune_options(tune):
     add("--length", "tokens of an example at most", int)
     add("--clip-grad-norm", "largest gradient norm; 0 switches clipping off", float)
     add("--norm", "global: one norm of all gradients; tensor: each tensor's own")
-    add("--strategy", "how lomo knows the global norm: auto, one_backward or two_backward")
+    add("--strategy", "how lomo updates: auto, one_backward, two_backward, partial or immediate")
     add("--clip-grad-value", "largest absolute value of a gradient element", float)
     add("--weight-decay", "decoupled weight decay", float)
     add(

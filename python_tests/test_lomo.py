@@ -835,14 +835,15 @@ def test_activation_checkpointing(kind, tied):
     assert models.difference(model, expected) < FP32
 
 
-def test_the_norm_pass_wants_non_reentrant_checkpointing():
+@pytest.mark.parametrize("strategy", ["two_backward", "partial"])
+def test_the_norm_pass_wants_non_reentrant_checkpointing(strategy):
     model, expected = models.build(checkpointing="non-reentrant"), models.build()
-    optimizer = Lomo(model, lr=LR, clip_grad_norm=0.1, strategy="two_backward")
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=0.1, strategy=strategy)
     with_backward(optimizer, model, 0)
     sgd_step(expected, 0, clip_grad_norm=0.1)
     assert models.difference(model, expected) < FP32
     model = models.build(checkpointing="reentrant")
-    optimizer = Lomo(model, lr=LR, clip_grad_norm=0.1, strategy="two_backward")
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=0.1, strategy=strategy)
     before = models.snapshot(model)
     with pytest.raises(RuntimeError, match="needs non-reentrant checkpointing"):
         with_backward(optimizer, model, 0)
@@ -899,16 +900,39 @@ def test_bad_models():
         optimizer.backward(embedding(torch.tensor([1])).sum())
 
 
-def test_ddp_is_refused():
+@pytest.fixture
+def process_group():
     torch.distributed.init_process_group(
         "gloo", rank=0, world_size=1, store=torch.distributed.HashStore()
     )
-    try:
-        model = nn.parallel.DistributedDataParallel(models.build())
-        with pytest.raises(TypeError, match="DistributedDataParallel cannot release gradients"):
-            Lomo(model)
-    finally:
-        torch.distributed.destroy_process_group()
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("norm", [None, 1.0])
+def test_ddp_is_refused(process_group, norm):
+    """As the model, and when the optimizer has the parameters of a model that is wrapped."""
+    model = models.build()
+    Lomo(model, lr=LR).backward(models.loss_of(model))  # a process group alone is no reason
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    with pytest.raises(TypeError, match="DistributedDataParallel cannot release gradients"):
+        Lomo(wrapped)
+    optimizer = Lomo(wrapped.parameters(), lr=LR, clip_grad_norm=norm)
+    before = models.snapshot(model)
+    with pytest.raises(RuntimeError, match="DistributedDataParallel cannot release gradients"):
+        models.loss_of(wrapped).backward()
+    assert models.same(model, before)
+    del optimizer
+
+
+@pytest.mark.filterwarnings("ignore")  # of FSDP1 itself, which torch deprecates
+def test_fsdp1_is_refused(process_group):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = FullyShardedDataParallel(models.build(), device_id=torch.device("cpu"))
+    for given in (model, nn.Sequential(model), model.parameters()):
+        with pytest.raises(TypeError, match=r"\(FSDP1\) cannot release gradients in backward"):
+            Lomo(given)
 
 
 @pytest.mark.parametrize("backend", ops.BACKENDS)

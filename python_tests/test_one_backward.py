@@ -618,3 +618,145 @@ def test_auto_picks_by_memory_and_says_why(kind, budget, picked, why, caplog):
     assert caplog.records[0].getMessage().startswith(f"strategy {picked}: ")
     assert why in caplog.records[0].getMessage()
     assert caplog.records[0].getMessage() in optimizer.explain()
+
+
+# -- some wait, the others go through a second backward --------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Plain, Tied, Repeated, Padded, Frozen, Elsewhere, Recomputed])
+@pytest.mark.parametrize("budget", [0, 1500, 25_000, 10**9])
+@pytest.mark.parametrize("how", ["fused", "backward"])
+def test_partial_equals_clip_grad_norm_and_sgd(kind, budget, how):
+    model, expected = build(kind), build(kind)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=CLIP, strategy="partial", factor_budget=budget)
+    for step in range(2):
+        before = models.snapshot(expected)
+        norm = sgd_step(expected, [models.loss_of(expected, step)])
+        drive(optimizer, model, step, how)
+        assert optimizer.last_grad_norm == pytest.approx(norm, rel=1e-5)
+        assert relative(model, expected, before) < 1e-4
+    assert optimizer.last_waiting_bytes <= budget
+
+
+def test_the_second_backward_ends_above_what_waits():
+    counts = {}
+    for budget in (0, 3 * 256 * 256 * 4, 10**9):
+        model = Deep()
+        optimizer = Lomo(
+            model, lr=LR, clip_grad_norm=CLIP, strategy="partial", factor_budget=budget
+        )
+        x = torch.randn(512, 256)
+        counts[budget] = flops(lambda m=model, o=optimizer, x=x: o.backward(m(x).square().mean()))
+    none, some, every = counts.values()
+    assert every < some < none
+    # forward 6 layers; backward 5 inputs' and 6 weights' gradients; again 3 layers of either
+    assert some / every == pytest.approx((6 + 11 + 5) / (6 + 11), rel=0.05)
+
+
+def test_partial_waits_for_its_second_backward():
+    model = build(Plain)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=CLIP, strategy="partial", factor_budget=25_000)
+    before = models.snapshot(model)
+    with pytest.raises(RuntimeError, match="with strategy='partial' clip_grad_norm needs the norm"):
+        models.loss_of(model).backward()
+    optimizer.zero_grad()
+    optimizer.grad_norm(models.loss_of(model))
+    optimizer.zero_grad()
+    assert models.same(model, before)
+    optimizer.backward(models.loss_of(model))
+    assert not models.same(model, before)
+
+
+# -- updates inside backward, without a gradient ---------------------------------------------------
+
+
+def sgd_with(model, loss, clip):
+    """Reference of the ways to clip that need no global norm; -> nothing."""
+    loss.backward()
+    for p in model.parameters():
+        if p.grad is not None and clip.get("clip_grad_norm") is not None:
+            nn.utils.clip_grad_norm_([p], clip["clip_grad_norm"])
+        if p.grad is not None and clip.get("clip_grad_value") is not None:
+            nn.utils.clip_grad_value_([p], clip["clip_grad_value"])
+    torch.optim.SGD(model.parameters(), lr=LR).step()
+    model.zero_grad()
+
+
+WAYS = [{}, {"clip_grad_value": 1e-3}, {"clip_grad_norm": 0.01, "norm": "tensor"}]
+
+
+@pytest.mark.parametrize("how", ["loop", "backward"])
+@pytest.mark.parametrize("clip", WAYS, ids=["none", "value", "tensor"])
+@pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.__name__)
+def test_immediate_equals_sgd(kind, clip, how):
+    model, expected = build(kind), build(kind)
+    optimizer = Lomo(model, lr=LR, strategy="immediate", **clip)
+    for step in range(2):
+        before = models.snapshot(expected)
+        sgd_with(expected, models.loss_of(expected, step), clip)
+        drive(optimizer, model, step, how)
+        assert relative(model, expected, before) < 1e-4
+        assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("kind", "inside", "waited"),
+    [(Plain, 4, 0), (Tied, 2, 1), (Repeated, 2, 2), (Elsewhere, 3, 1), (Recomputed, 4, 0),
+     (RecomputedByReentry, 2, 2), (Frozen, 2, 0), (Subclass, 3, 0)],
+)  # fmt: skip
+def test_what_is_used_once_is_updated_inside_backward(kind, inside, waited):
+    model = build(kind)
+    optimizer = Lomo(model, lr=LR, strategy="immediate")
+    optimizer.backward(models.loss_of(model, batch=1))
+    text = optimizer.explain()
+    assert f"{inside} weights were updated without one, and {waited} that are used" in text
+
+
+def test_immediate_forms_no_gradient_of_a_weight(monkeypatch):
+    """The largest tensor that a step makes is a block; a head of many rows has no gradient."""
+    monkeypatch.setattr(linear, "BLOCK", 16 * 64)
+    for strategy in ("auto", "immediate"):
+        model = nn.Linear(64, 1024, bias=False)
+        optimizer = Lomo(model, lr=LR, strategy=strategy)
+        loss = model(torch.randn(3, 64)).square().mean()
+        with models.LiveBytes() as live:
+            optimizer.backward(loss)
+        # That of the weight itself counts once an operation has returned a view of it.
+        made = live.peak - model.weight.nbytes * (strategy == "immediate")
+        assert (made >= model.weight.nbytes) is (strategy == "auto")
+
+
+def test_immediate_refuses_what_it_cannot_know():
+    model = build(Plain)
+    with pytest.raises(ValueError, match="strategy 'immediate' updates before a global norm"):
+        Lomo(model, lr=LR, clip_grad_norm=1.0, strategy="immediate")
+    optimizer = Lomo(model, lr=LR, strategy="immediate")
+    models.loss_of(model, 0).backward()
+    with pytest.raises(RuntimeError, match="received a second gradient in one step"):
+        models.loss_of(model, 1).backward()
+    optimizer.zero_grad()
+    optimizer.backward(models.loss_of(model, 2))
+
+
+def test_immediate_under_accumulate():
+    model, expected = build(Plain), build(Plain)
+    optimizer = Lomo(model, lr=LR, strategy="immediate")
+    before = models.snapshot(expected)
+    sgd_step(expected, [models.loss_of(expected, i) for i in range(2)], max_norm=1e9)
+    with optimizer.accumulate():
+        models.loss_of(model, 0).backward()
+    models.loss_of(model, 1).backward()
+    optimizer.step()
+    assert relative(model, expected, before) < 1e-4
+
+
+def test_two_forwards_before_a_backward():
+    """The graph of the second still needs the old weights: nothing may be updated inside."""
+    model, expected = build(Plain), build(Plain)
+    optimizer = Lomo(model, lr=LR, strategy="immediate")
+    before = models.snapshot(expected)
+    losses = [models.loss_of(model, i, batch=1) for i in range(2)]
+    sgd_step(expected, [models.loss_of(expected, i, batch=1) for i in range(2)], max_norm=1e9)
+    sum(losses).backward()
+    optimizer.step()
+    assert relative(model, expected, before) < 1e-4

@@ -1,6 +1,7 @@
 """What the optimizers share: hooks, the three ways to drive a step, clipping and loss scale."""
 
 import contextlib
+import gc
 import logging
 import math
 import warnings
@@ -18,7 +19,7 @@ from .release import GradientRelease, taken
 from .watching import Watch
 
 NORMS = ("global", "tensor")
-STRATEGIES = ("auto", "one_backward", "two_backward")
+STRATEGIES = ("auto", "one_backward", "two_backward", "partial", "immediate")
 
 logger = logging.getLogger("lomo_kernels")
 
@@ -28,7 +29,12 @@ class _Step:
 
     def __init__(self):
         self.updated = set()  # ids of the parameters whose gradient was used
-        self.pending = {}  # id(param) -> Pending: gradients that wait for the norm
+        self.pending = {}  # id(param) -> Pending: gradients that wait
+        self.kept = (
+            set()
+        )  # ids of the parameters whose gradients wait in the first of two backwards
+        self.products = Counter()  # "immediate": whether in backward -> how many weights
+        self.second = None  # the parameters of the second backward, where it is for some only
         self.norm_known = False
         self.grad_norm = None
         self.devices = []  # the scalars on each of them, once the step is closed
@@ -42,8 +48,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     Note [Strategies]
     A global norm must be known before the first update. Gradients can wait for it, most of them as
     the two factors that they are a product of (linear.py): one backward, and `step()` finds the
-    norm and applies the updates. Or backward runs twice and no gradient waits, as in the paper.
+    norm and applies the updates. Or backward runs twice and no gradient waits, as in the paper. Or
+    some wait, those of the layers nearest the input, and the second backward stops above them.
     While gradients wait nothing is written, so a second backward before `step()` adds to them.
+    Without a global norm nothing has to wait: a gradient is used when it is complete, or
+    ("immediate") never formed but in blocks, where its weight is used once in the step.
     """
 
     def __init__(
@@ -64,6 +73,11 @@ class FusedOptimizer(torch.optim.Optimizer):
                 raise TypeError(f"factor_budget must be a number of bytes or None, got {got}")
             if factor_budget < 0:
                 raise ValueError(f"factor_budget must be at least 0 bytes, got {factor_budget}")
+        if strategy == "immediate" and norm == "global" and clip_grad_norm is not None:
+            raise ValueError(
+                "strategy 'immediate' updates before a global norm can be known: take another "
+                "strategy, norm='tensor', or no clip_grad_norm"
+            )
         self.norm = norm
         self.strategy = strategy
         self.factor_budget = factor_budget
@@ -75,8 +89,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._norms = None
         self._watch = Watch(self._on_product, self._on_read)
         self._told = set()
+        self._asked_for_ddp = not torch.distributed.is_available()
         self._cancellation = Cancellation()
         self._choice = self._report = None
+        self._products = Counter()
         if isinstance(model_or_params, torch.nn.Module):
             _refuse_wrapper(model_or_params)
             self._names = {id(p): name for name, p in model_or_params.named_parameters()}
@@ -120,6 +136,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             if param.requires_grad and param.dtype not in ops.DTYPES:
                 raise TypeError(f"{name} must be float32, bfloat16 or float16, got {param.dtype}")
             ops.pick_backend(param.device, self._backend)
+            if getattr(param, "_is_flat_param", False):
+                raise TypeError(f"{name} is flattened: {_FSDP1}")
             if taken(param):
                 raise ValueError(
                     f"{name} belongs to another optimizer already: call its remove() first"
@@ -195,7 +213,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         With `clip_grad_norm` and norm="global" it also fixes the clip coefficient for the updates
         that follow, and whether they may write at all: a non-finite gradient anywhere skips the
         whole step. With one backward the gradients wait for `fused_backward` or `step()`, and the
-        graph of `loss` is gone; with two nothing waits, and the graph is kept.
+        graph of `loss` is gone; otherwise the graph is kept.
 
         Returns:
             The total norm before clipping, a float32 tensor on the device (the host does not wait).
@@ -203,7 +221,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._open_for_backward()
         if self._step.norm_known:
             self._close()  # a norm that no update followed
-        if self._global_norm and self._choose() == "one_backward":
+        choice = self._choose() if self._global_norm else "two_backward"
+        if choice == "one_backward":
             with self._dropping_on_error():
                 self.scale(loss).backward()
                 self._norm_of_pending()
@@ -215,6 +234,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
         inputs = [p for p in self._params() if p.requires_grad]
         self._norms = SquaredNorms(len(self._places))
+        self._step.kept = self._kept() if choice == "partial" else set()
         self._measuring = True
         try:
             # Only our parameters: what others accumulate must not see this backward twice.
@@ -230,14 +250,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         finally:
             self._measuring = False
             self._step.updated.clear()
-        self._decide(self._norms)
+        if self._step.pending:
+            self._step.second = [p for p in inputs if id(p) not in self._step.pending]
+        self._norm_of_pending()
         return self._step.grad_norm
 
     def fused_backward(self, loss, lr=None):
         """Backward with every update inside it, then `step()`.
 
-        After a `grad_norm(loss)` that left the gradients waiting there is no second backward: only
-        the updates.
+        After a `grad_norm(loss)` that left gradients waiting there is no second backward for them:
+        only their updates.
 
         Args:
             loss: a scalar tensor; multiplied by `loss_scale` here.
@@ -247,9 +269,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             for group in self.param_groups:
                 group["lr"] = lr
         self._open_for_backward()
-        if not (self._step.pending and self._step.norm_known):
+        second = self._step.second
+        if not (self._step.pending and self._step.norm_known) or second:
             with self._dropping_on_error():
-                self.scale(loss).backward()
+                torch.autograd.backward(self.scale(loss), inputs=second)
         self.step()
 
     @contextlib.contextmanager
@@ -334,7 +357,13 @@ class FusedOptimizer(torch.optim.Optimizer):
     def explain(self):
         """What the strategy is, why, and what waited for the norm in the last step: a text."""
         if not self._global_norm:
-            return "no global norm: each gradient is used in backward and freed at once"
+            text = "no global norm: each gradient is used in backward and freed at once"
+            if self.strategy == "immediate":
+                text += (
+                    f"; in the last step {self._products[True]} weights were updated without one, "
+                    f"and {self._products[False]} that are used more than once waited for step()"
+                )
+            return text
         lines = [f"strategy {self._choice[0]}: {self._choice[1]}"] if self._choice else []
         if self._report is not None:
             r = self._report
@@ -346,8 +375,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             if r["largest"]:
                 lines.append(f"largest gradients held: {', '.join(r['largest'])}")
             lines.append(
-                f"norms: {r['gram']} by Gram matrices, {r['blocks']} by blocks of the gradient, "
-                f"{r['held']} of held gradients"
+                f"norms of what waited: {r['gram']} by Gram matrices, {r['blocks']} by blocks of "
+                f"the gradient, {r['gradient']} of gradients"
             )
         return "\n".join(lines) or f"strategy {self.strategy}: no step was made yet"
 
@@ -366,19 +395,21 @@ class FusedOptimizer(torch.optim.Optimizer):
         return self.clip_grad_norm is not None and self.norm == "global"
 
     @property
-    def _waits(self):
-        """Whether gradients that arrive now wait for the norm; see Note [Strategies]."""
-        return (
-            self._global_norm
-            and self.strategy != "two_backward"
-            and not self._measuring
-            and not self._step.norm_known
-        )
+    def _immediate(self):
+        return self.strategy == "immediate"
+
+    def _waits(self, param):
+        """Whether a gradient that arrives now waits for the norm; see Note [Strategies]."""
+        if not self._global_norm or self._step.norm_known:
+            return False
+        if self._measuring:
+            return id(param) in self._step.kept
+        return self.strategy in ("auto", "one_backward")
 
     def _attach(self, params):
         params = list(params)
         self._release.attach(params)
-        if self._global_norm:
+        if self._global_norm or self._immediate:
             self._watch.watch_weights(params)
         self._watch.watch_reads(params)
 
@@ -399,29 +430,50 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._attach(self._params())  # those that were frozen until now
 
     def _choose(self):
-        """One backward or two, from what the forwards of this step did."""
+        """How many backwards, from what the forwards of this step did."""
         if self.strategy != "auto":
             choice = self.strategy, "asked for"
         elif self._step.pending:
             choice = "one_backward", "gradients of this step wait already"
-        else:
-            budget = self.factor_budget
-            if budget is None:
-                budget = sum(p.nbytes for p in self._params()) // 4
-            needed = self._watch.bytes_to_wait()
+        elif not (needed := self._watch.bytes_to_wait()):
             # Without recomputation factors replace activations that backward is freeing.
-            fits = needed <= budget
+            why = "what waits for the norm replaces activations that backward frees"
+            choice = "one_backward", why
+        else:
+            budget = self._budget()
+            name = "one_backward"
+            if needed > budget:
+                name = "partial" if self._kept() else "two_backward"
             choice = (
-                "one_backward" if fits else "two_backward",
-                f"beside recomputed activations {_mib(needed)} would wait for the norm, "
-                f"{'within' if fits else 'above'} the budget of {_mib(budget)}"
-                if needed
-                else "what waits for the norm replaces activations that backward frees",
+                name,
+                (
+                    f"beside recomputed activations {_mib(needed)} would wait for the norm, "
+                    f"{'within' if needed <= budget else 'above'} the budget of {_mib(budget)}"
+                ),
             )
         if self._choice is None or self._choice[0] != choice[0]:
             logger.info("strategy %s: %s", *choice)
         self._choice = choice
         return choice[0]
+
+    def _budget(self):
+        if self.factor_budget is not None:
+            return self.factor_budget
+        return sum(p.nbytes for p in self._params()) // 4
+
+    def _kept(self):
+        """Whose gradients wait in strategy "partial": what is small, and the weights that forward
+        used first, as far as the budget goes. Backward comes to them last, so a second backward for
+        the others ends above them."""
+        left, kept = self._budget(), set()
+        small = [p for p in self._params() if p.requires_grad and p.ndim < 2]
+        first = [(p, size) for p, size in self._watch.waiting() if p.requires_grad]
+        for param, size in [(p, p.nbytes) for p in small] + first:
+            if size > left:
+                break
+            left -= size
+            kept.add(id(param))
+        return kept
 
     def _on_read(self, frame):
         """Somebody looks at `.grad`; between backward and step() there is nothing to see."""
@@ -453,14 +505,34 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _on_product(self, param, use):
         """In backward: a product's factors; whether they are taken in place of a gradient."""
-        if self._measuring:
-            return self._measure_product(param, use)
-        if not self._waits:
-            return False
-        pending = self._pending(param, use.right.device)
-        if pending.grad is not None or pending.nbytes + use.nbytes > param.nbytes:
+        if self._immediate:
+            return self._use_product(param, use)
+        if self._waits(param):
+            return self._keep_product(param, use)
+        return self._measuring and self._measure_product(param, use)
+
+    def _keep_product(self, param, use):
+        pending = self._step.pending.get(id(param))
+        before = 0 if pending is None else pending.nbytes
+        if before + use.nbytes > param.nbytes or (pending is not None and pending.grad is not None):
             return False  # the gradient itself is smaller
+        self._pending(param, use.right.device).uses.append(use)
+        return True
+
+    @torch.no_grad()
+    def _use_product(self, param, use):
+        """Updates the weight without its gradient, if nothing else in the graph needs it."""
+        if self._holding or param.grad is not None or self._measuring:
+            return False
+        if not self._watch.used_once(param):
+            self._refuse_second(param)
+            return self._keep_product(param, use)
+        self._refuse_second(param)
+        self._step.updated.add(id(param))
+        self._step.products[True] += 1
+        pending = Pending(param)
         pending.uses.append(use)
+        self._apply_pending(pending)
         return True
 
     def _pending(self, param, device):
@@ -496,14 +568,18 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _on_gradient(self, param):
         """The hook: `param.grad` is complete."""
-        if self._holding and not self._waits:
+        if not self._asked_for_ddp:
+            self._asked_for_ddp = True
+            _refuse_ddp(self._places)
+        waits = self._waits(param) or (self._immediate and id(param) in self._step.pending)
+        if self._holding and not waits:
             return
         grad, param.grad = param.grad, None
         if grad is None:  # its factors were taken, or nothing flowed into it
             return
-        if self._waits:
+        if waits:
             self._pending(param, grad.device).hold(grad)
-        elif self._step.pending:
+        elif self._step.norm_known and self._step.pending and self._step.second is None:
             raise RuntimeError(
                 "the gradients of this step are known and wait: call fused_backward(loss, lr) or "
                 "step(), not another backward"
@@ -513,16 +589,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _use(self, param, grad):
         """One gradient, in the backward that measures or in the one that updates."""
-        if id(param) in self._step.updated:
-            raise RuntimeError(
-                f"{self._name(param)} received a second gradient in one step: call step() after "
-                "each backward, or put the earlier ones of a step under "
-                "`with optimizer.accumulate():`"
-            )
-        decisions = self._decisions_on(grad.device)
+        self._refuse_second(param)
+        self._decisions_on(grad.device)  # asks whether the loss was scaled
         if self._global_norm and not self._step.norm_known and not self._measuring:
             raise RuntimeError(
-                "with strategy='two_backward' clip_grad_norm needs the norm of all gradients "
+                f"with strategy={self.strategy!r} clip_grad_norm needs the norm of all gradients "
                 "before the first update: call optimizer.backward(loss), or grad_norm(loss) and "
                 "then fused_backward(loss, lr), or hold the gradients (`with optimizer."
                 "accumulate(): loss.backward()`, then step()), or take another strategy"
@@ -531,10 +602,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._measuring:
             self._measure(param, grad)
         else:
-            coef = decisions.clip_coef
-            if self.clip_grad_norm is not None and self.norm == "tensor":
-                coef = self._own_coefficient(param, grad)
-            self._apply(param, grad, coef)
+            pending = Pending(param)
+            pending.hold(grad)
+            self._apply_pending(pending)
+
+    def _refuse_second(self, param):
+        if id(param) in self._step.updated:
+            raise RuntimeError(
+                f"{self._name(param)} received a second gradient in one step: call step() after "
+                "each backward, or put the earlier ones of a step under "
+                "`with optimizer.accumulate():`"
+            )
 
     def _measure(self, param, grad, out=None):
         """Squared norm of a gradient, into the parameter's slot or `out`."""
@@ -558,12 +636,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         }
         self.update_param(param, grad, self.param_groups[group_index], param_id, scalars, first_row)
 
-    def _own_coefficient(self, param, grad):
-        if self._norms is None:
-            self._norms = SquaredNorms(len(self._places))
-        sumsq = self._norms.slot(grad.device, self._places[id(param)][1])
-        self._measure(param, grad, sumsq)
-        return self._decisions_on(grad.device).own_coefficient(sumsq, self.clip_grad_norm)
+    def _apply_pending(self, pending):
+        device = pending.tensors[0].device
+        coef = self._decisions_on(device).clip_coef
+        if self.clip_grad_norm is not None and self.norm == "tensor":
+            if self._norms is None:
+                self._norms = SquaredNorms(len(self._places))
+            self._measure_pending(pending)
+            sumsq = self._norms.slot(device, self._places[id(pending.param)][1])
+            coef = self._decisions_on(device).own_coefficient(sumsq, self.clip_grad_norm)
+        for first_row, grad in pending.blocks():
+            self._apply(pending.param, grad, coef, first_row)
 
     def _scaling(self):
         """The loss scaling in force: None, a number, or a LossScale."""
@@ -596,7 +679,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _update_held(self, held):
         """Everything that waits: for the norm, under `accumulate()`, or for want of a hook."""
-        if self._global_norm and self._step.updated:
+        if self._global_norm and held and self._step.updated:
             raise RuntimeError(
                 "clip_grad_norm needs the norm of all gradients before the first update, but "
                 f"{self._name(held[0])} still holds one: run every backward of the step under "
@@ -604,57 +687,62 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
         for param in held:
             grad, param.grad = param.grad, None
-            if self._global_norm:
+            if self._global_norm or id(param) in self._step.pending:
                 self._pending(param, grad.device).hold(grad)
             else:
                 self._use(param, grad)
-        if not self._global_norm:
-            return
-        if not self._step.norm_known:
+        if self._global_norm and not self._step.norm_known:
             self._norm_of_pending()
         # Newest first: what backward made last lies in caches still.
         while self._step.pending:
             _, pending = self._step.pending.popitem()
+            pending.check()
             self._step.updated.add(id(pending.param))
-            for first_row, grad in pending.blocks():
-                coef = self._decisions_on(grad.device).clip_coef
-                self._apply(pending.param, grad, coef, first_row)
+            self._step.products[False] += self._immediate
+            self._apply_pending(pending)
 
     @torch.no_grad()
     def _norm_of_pending(self):
-        """The norm of what waits, from factors where that costs less."""
-        self._norms = SquaredNorms(len(self._places))
+        """The norm of all gradients: of what was measured already, and of what waits."""
+        if self._norms is None:
+            self._norms = SquaredNorms(len(self._places))
         report = self._report = Counter()
         sizes, storages = [], {}
         for pending in self._step.pending.values():
             pending.check()
-            param, uses = pending.param, pending.uses
+            param, grad = pending.param, pending.grad
             for tensor in pending.tensors:  # one input may feed several weights
                 storage = tensor.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()
-            if not uses:
-                self._measure(param, pending.grad)
+            if pending.uses:
+                report["factored"] += 1
+                report["factored_gradient_bytes"] += param.nbytes
+            else:
                 report["held"] += 1
-                report["held_bytes"] += pending.grad.nbytes
-                sizes.append((pending.grad.nbytes, self._name(param)))
-                continue
-            report["factored"] += 1
-            report["factored_gradient_bytes"] += param.nbytes
-            device, param_id = uses[0].right.device, self._places[id(param)][1]
-            small = pending.grad is None and gram_is_cheaper(tokens_of(uses), *param.shape)
-            if small and self._gram(device, param_id, uses):
-                report["gram"] += 1
-                continue
-            report["blocks"] += 1
-            slot = self._norms.slot(device, param_id).zero_()
-            part = torch.empty_like(slot)
-            for _, grad in pending.blocks():
-                self._measure(param, grad, part)
-                slot += part
+                report["held_bytes"] += grad.nbytes
+                sizes.append((grad.nbytes, self._name(param)))
+            report[self._measure_pending(pending)] += 1
         report["bytes"] = sum(storages.values())
+        report["largest"] = [name for _, name in sorted(sizes, reverse=True)[:3]]
         self._cancellation.close()
         self._decide(self._norms)
-        report["largest"] = [name for _, name in sorted(sizes, reverse=True)[:3]]
+
+    def _measure_pending(self, pending):
+        """Its squared norm, from factors where that costs less; says how it was found."""
+        param, uses = pending.param, pending.uses
+        if not uses:
+            self._measure(param, pending.grad)
+            return "gradient"
+        device, param_id = uses[0].right.device, self._places[id(param)][1]
+        small = pending.grad is None and gram_is_cheaper(tokens_of(uses), *param.shape)
+        if small and self._gram(device, param_id, uses):
+            return "gram"
+        slot = self._norms.slot(device, param_id).zero_()
+        part = torch.empty_like(slot)
+        for _, grad in pending.blocks():
+            self._measure(param, grad, part)
+            slot += part
+        return "blocks"
 
     @torch.no_grad()
     def _decide(self, norms):
@@ -681,7 +769,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             step.grad_norm = step.devices[0].total_norm
         for group in self.param_groups:
             group["step"] += 1
-        self._last = step
+        self._last, self._products = step, step.products
         # Autocast keeps 16-bit copies of the weights for the block; they are of the old weights.
         torch.clear_autocast_cache()
 
@@ -698,9 +786,31 @@ def _mib(size):
     return f"{size / 2**20:.1f} MiB"
 
 
+_FSDP1 = (
+    "a model in FullyShardedDataParallel (FSDP1) cannot release gradients in backward: hooks run "
+    "before its reduction; train on one device"
+)
+_DDP = (
+    "a model in DistributedDataParallel cannot release gradients in backward: hooks run before its "
+    "all-reduce; give the model itself and train on one device"
+)
+
+
 def _refuse_wrapper(model):
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        raise TypeError(
-            "a model in DistributedDataParallel cannot release gradients in backward: hooks run "
-            "before its all-reduce; give the model itself and train on one device"
-        )
+        raise TypeError(_DDP)
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        raise TypeError(_FSDP1)
+
+
+def _refuse_ddp(places):
+    """Whether a model was wrapped before or after its parameters came here, nothing tells but the
+    wrapper itself; looked for once, in a process group."""
+    if not torch.distributed.is_initialized():
+        return
+    for found in gc.get_objects():
+        # not isinstance(), which asks some objects for a class they pretend to have
+        if issubclass(type(found), torch.nn.parallel.DistributedDataParallel) and any(
+            id(p) in places for p in found.parameters()
+        ):
+            raise RuntimeError(_DDP)

@@ -36,9 +36,12 @@ class Lomo(FusedOptimizer):
             wait for `step()`, those of weight matrices as the two factors they are a product of
             (input and output gradient of the layer), or as they are where that is smaller.
             "two_backward": backward runs twice, as in the paper, and nothing waits; for `backward`
-            and `grad_norm`. "auto": one backward, unless activations are recomputed and what would
-            wait beside them is more than `factor_budget`. `explain()` says what was picked and
-            what waited.
+            and `grad_norm`. "partial": likewise, but gradients of the layers nearest the input
+            wait, up to `factor_budget`, and the second backward ends above them. "auto": one
+            backward, unless activations are recomputed and what would wait beside them is more
+            than `factor_budget`; then "partial". `explain()` says what was picked and what waited.
+            Without a global norm "immediate" updates weight matrices block by block in backward,
+            so that not even one of their gradients exists.
         factor_budget: bytes; None: a quarter of the parameters' bytes.
         rounding: of the stored parameter: "nearest", "stochastic", "split" (see
             `ops.lomo_update_`), or "auto": stochastic for bf16, where nearest loses most of a small

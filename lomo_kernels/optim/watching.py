@@ -90,15 +90,19 @@ class Watch:
         seen = self.seen.get(id(param))
         return seen is not None and seen.products == 1 and not seen.elsewhere
 
-    def bytes_to_wait(self):
-        """Bytes that this step's products keep until the norm is known, beside activations that are
-        recomputed anyway: for each weight its factors, or its gradient where that is smaller."""
-        total = 0
+    def waiting(self):
+        """(param, bytes that a step keeps of it until the norm is known) for the weights that this
+        step's forwards used, in the order of their first use: the factors, or the gradient where
+        that is smaller."""
         for key, seen in self.seen.items():
-            if seen.recomputed and (param := self._watched.get(key)) is not None:
+            if (param := self._watched.get(key)) is not None and self.takes(param):
                 factors = seen.tokens * sum(param.shape) * param.element_size()
-                total += min(factors, param.nbytes)
-        return total
+                grad = seen.elsewhere or factors > param.nbytes
+                yield param, param.nbytes if grad else factors
+
+    def bytes_to_wait(self):
+        """As `waiting`, of those whose activations are recomputed anyway."""
+        return sum(size for p, size in self.waiting() if self.seen[id(p)].recomputed)
 
     def take(self, param, left, right):
         method = self._on_product()
