@@ -1,16 +1,15 @@
 """What the optimizers share: hooks, the three ways to drive a step, clipping and loss scale."""
 
 import contextlib
-import gc
 import logging
 import math
-import warnings
 import weakref
 from collections import Counter
 
 import torch
 
 from .. import ops
+from . import refused
 from .clipping import SquaredNorms
 from .decisions import Decisions
 from .linear import Cancellation, Pending, gram_is_cheaper, gram_sumsq, tokens_of
@@ -94,7 +93,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._choice = self._report = None
         self._products = Counter()
         if isinstance(model_or_params, torch.nn.Module):
-            _refuse_wrapper(model_or_params)
+            refused.wrapper(model_or_params)
             self._names = {id(p): name for name, p in model_or_params.named_parameters()}
             model_or_params = model_or_params.parameters()
         super().__init__(model_or_params, {**defaults, "step": 0})
@@ -131,13 +130,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         _positive_or_none("clip_grad_value", group["clip_grad_value"])
         for param in group["params"]:
             name = self._names.get(id(param), "a parameter")
-            if type(param).__module__.startswith("torch.distributed.tensor"):
-                raise TypeError(f"{name} is sharded ({type(param).__name__}): not supported yet")
+            refused.sharded(param, name)
             if param.requires_grad and param.dtype not in ops.DTYPES:
                 raise TypeError(f"{name} must be float32, bfloat16 or float16, got {param.dtype}")
             ops.pick_backend(param.device, self._backend)
-            if getattr(param, "_is_flat_param", False):
-                raise TypeError(f"{name} is flattened: {_FSDP1}")
             if taken(param):
                 raise ValueError(
                     f"{name} belongs to another optimizer already: call its remove() first"
@@ -477,31 +473,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _on_read(self, frame):
         """Somebody looks at `.grad`; between backward and step() there is nothing to see."""
-        file = frame.f_code.co_filename
-        if not (self._step.updated or self._step.pending) or file in self._told:
-            return
-        if file.endswith("grad_scaler.py"):
-            raise RuntimeError(
-                "torch's GradScaler finds no gradients to unscale: the optimizer uses them in "
-                "backward; switch it off and pass loss_scale to the optimizer, and begin again "
-                "from the last checkpoint: updates may have been made from scaled gradients"
-            )
-        # Trainer asks for an infinite norm when it only wants to log one.
-        if file.endswith("clip_grad.py") and frame.f_locals.get("max_norm") != math.inf:
-            self._told.add(file)
-            if self.clip_grad_norm is None:
-                warnings.warn(
-                    "clip_grad_norm_ or clip_grad_value_ (max_grad_norm of Trainer) found no "
-                    "gradients and clipped nothing: the optimizer uses them in backward; pass "
-                    "clip_grad_norm or clip_grad_value to the optimizer itself",
-                    stacklevel=2,
-                )
-            else:
-                logger.info(
-                    "clip_grad_norm_ found no gradients: the optimizer's own clip_grad_norm=%g "
-                    "decides",
-                    self.clip_grad_norm,
-                )
+        if self._step.updated or self._step.pending:
+            refused.reader(frame, self.clip_grad_norm, self._told)
 
     def _on_product(self, param, use):
         """In backward: a product's factors; whether they are taken in place of a gradient."""
@@ -570,7 +543,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The hook: `param.grad` is complete."""
         if not self._asked_for_ddp:
             self._asked_for_ddp = True
-            _refuse_ddp(self._places)
+            refused.ddp(self._places)
         waits = self._waits(param) or (self._immediate and id(param) in self._step.pending)
         if self._holding and not waits:
             return
@@ -784,33 +757,3 @@ def _positive_or_none(name, value):
 
 def _mib(size):
     return f"{size / 2**20:.1f} MiB"
-
-
-_FSDP1 = (
-    "a model in FullyShardedDataParallel (FSDP1) cannot release gradients in backward: hooks run "
-    "before its reduction; train on one device"
-)
-_DDP = (
-    "a model in DistributedDataParallel cannot release gradients in backward: hooks run before its "
-    "all-reduce; give the model itself and train on one device"
-)
-
-
-def _refuse_wrapper(model):
-    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        raise TypeError(_DDP)
-    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
-        raise TypeError(_FSDP1)
-
-
-def _refuse_ddp(places):
-    """Whether a model was wrapped before or after its parameters came here, nothing tells but the
-    wrapper itself; looked for once, in a process group."""
-    if not torch.distributed.is_initialized():
-        return
-    for found in gc.get_objects():
-        # not isinstance(), which asks some objects for a class they pretend to have
-        if issubclass(type(found), torch.nn.parallel.DistributedDataParallel) and any(
-            id(p) in places for p in found.parameters()
-        ):
-            raise RuntimeError(_DDP)
