@@ -143,7 +143,7 @@ class Repeated(Plain):
 
 
 class Padded(Plain):
-    padding_idx = 3
+    padding_idx = int(models.tokens(0)[0, 1])
 
 
 class Frozen(Plain):
@@ -736,6 +736,11 @@ def test_immediate_refuses_what_it_cannot_know():
         models.loss_of(model, 1).backward()
     optimizer.zero_grad()
     optimizer.backward(models.loss_of(model, 2))
+    weight = nn.Linear(8, 8, bias=False)
+    optimizer = Lomo(weight, lr=LR, strategy="immediate")
+    weight(torch.randn(2, 8)).sum().backward()
+    with pytest.raises(RuntimeError, match="received a second gradient in one step"):
+        weight(torch.randn(2, 8)).sum().backward()
 
 
 def test_immediate_under_accumulate():

@@ -29,9 +29,7 @@ class _Step:
     def __init__(self):
         self.updated = set()  # ids of the parameters whose gradient was used
         self.pending = {}  # id(param) -> Pending: gradients that wait
-        self.kept = (
-            set()
-        )  # ids of the parameters whose gradients wait in the first of two backwards
+        self.kept = set()  # ids of those whose gradients wait in the first of two backwards
         self.products = Counter()  # "immediate": whether in backward -> how many weights
         self.second = None  # the parameters of the second backward, where it is for some only
         self.norm_known = False
@@ -440,13 +438,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             name = "one_backward"
             if needed > budget:
                 name = "partial" if self._kept() else "two_backward"
-            choice = (
-                name,
-                (
-                    f"beside recomputed activations {_mib(needed)} would wait for the norm, "
-                    f"{'within' if needed <= budget else 'above'} the budget of {_mib(budget)}"
-                ),
-            )
+            why = f"{'within' if needed <= budget else 'above'} the budget of {_mib(budget)}"
+            why = f"beside recomputed activations {_mib(needed)} would wait for the norm, {why}"
+            choice = name, why
         if self._choice is None or self._choice[0] != choice[0]:
             logger.info("strategy %s: %s", *choice)
         self._choice = choice

@@ -39,7 +39,8 @@ class Lomo(FusedOptimizer):
             and `grad_norm`. "partial": likewise, but gradients of the layers nearest the input
             wait, up to `factor_budget`, and the second backward ends above them. "auto": one
             backward, unless activations are recomputed and what would wait beside them is more
-            than `factor_budget`; then "partial". `explain()` says what was picked and what waited.
+            than `factor_budget`; then "partial". A `loss.backward()` of one's own is always the
+            one backward. `explain()` says what was picked and what waited.
             Without a global norm "immediate" updates weight matrices block by block in backward,
             so that not even one of their gradients exists.
         factor_budget: bytes; None: a quarter of the parameters' bytes.
