@@ -14,8 +14,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 BACKENDS = pytest.mark.parametrize("backend", ["native", "triton"])
 
 
-def on_gpu(dtype=torch.bfloat16):
-    return models.build(dtype).cuda()
+def on_gpu(dtype=torch.bfloat16, **options):
+    """Wide enough for weights to keep factors at 24 tokens."""
+    return models.build(dtype, **{"width": 128, **options}).cuda()
 
 
 def loss_of(model, ids):
@@ -29,6 +30,10 @@ def loss_of(model, ids):
     [
         {},
         {"clip_grad_norm": 0.1},
+        {"clip_grad_norm": 0.1, "strategy": "two_backward"},
+        {"clip_grad_norm": 0.1, "strategy": "partial", "factor_budget": 100_000},
+        {"strategy": "immediate"},
+        {"clip_grad_norm": 0.1, "norm": "tensor", "strategy": "immediate"},
         {"clip_grad_norm": 0.1, "norm": "tensor", "loss_scale": 64.0},
         {"loss_scale": "dynamic"},
         {"clip_grad_norm": 0.1, "loss_scale": LossScale(64.0, growth_interval=1)},
@@ -37,7 +42,7 @@ def loss_of(model, ids):
     ids=str,
 )
 def test_a_step_never_makes_the_host_wait(backend, options):
-    model, ids = on_gpu(), models.tokens().cuda()
+    model, ids = on_gpu(tied=True), models.tokens().cuda()
     optimizer = Lomo(model, lr=0.1, backend=backend, **options)
     optimizer.backward(loss_of(model, ids))  # compiles and allocates
     torch.cuda.synchronize()
@@ -60,6 +65,25 @@ def test_backends_give_the_weights_of_the_reference(backend):
         for _ in range(3):
             optimizer.backward(loss_of(m, ids))
     assert models.same(model, models.snapshot(other))
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("strategy", ["one_backward", "two_backward", "partial"])
+def test_the_norm_is_that_of_torch(backend, dtype, strategy):
+    """From factors, in fp32, and from the gradients that autograd has rounded."""
+    model, ids = on_gpu(dtype, tied=True), models.tokens().cuda()
+    other = copy.deepcopy(model).float()
+    loss_of(other, ids).backward()
+    norm = torch.nn.utils.clip_grad_norm_(other.parameters(), 0.1).item()
+    optimizer = Lomo(
+        model, lr=0.1, clip_grad_norm=0.1, strategy=strategy, factor_budget=100_000, loss_scale=8.0,
+        backend=backend,
+    )  # fmt: skip
+    optimizer.backward(loss_of(model, ids))
+    assert optimizer.last_grad_norm == pytest.approx(
+        norm, rel=1e-5 if dtype is torch.float32 else 1e-2
+    )
 
 
 @BACKENDS
