@@ -326,6 +326,28 @@ def test_half_precision_parameters(dtype, rounding):
         assert (p.float() - q).abs().max() <= unit * q.abs().max() + 0.05 * (q - old).abs().max()
 
 
+@pytest.mark.parametrize("scale", [None, 64.0])
+@pytest.mark.parametrize("value", [None, 1e-3])
+@pytest.mark.parametrize("kind", [Plain, Tied, Repeated, Elsewhere])
+def test_decay_value_clip_and_scale(kind, value, scale):
+    """In the order of the formula: unscale, clip by value, times the coefficient, decay, step."""
+    model, expected = build(kind), build(kind)
+    optimizer = Lomo(
+        model, lr=LR, clip_grad_norm=CLIP, clip_grad_value=value, weight_decay=0.1,
+        loss_scale=scale, strategy="one_backward",
+    )  # fmt: skip
+    before = models.snapshot(expected)
+    models.loss_of(expected).backward()
+    norm = nn.utils.get_total_norm([p.grad for p in expected.parameters()])
+    with torch.no_grad():
+        for p in expected.parameters():
+            grad = p.grad if value is None else p.grad.clamp(-value, value)
+            p.mul_(1 - LR * 0.1).sub_(LR * CLIP / (norm + 1e-6) * grad)
+    optimizer.backward(models.loss_of(model))
+    assert optimizer.last_grad_norm == pytest.approx(norm.item(), rel=1e-5)
+    assert relative(model, expected, before) < 1e-4
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype):
     model, expected = build(Tied), build(Tied)

@@ -359,7 +359,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 )
             return text
         lines = [f"strategy {self._choice[0]}: {self._choice[1]}"] if self._choice else []
-        if self._report is not None:
+        if self._report:
             r = self._report
             lines.append(
                 f"until the norm was known {r['factored']} weights kept factors in place of "
