@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-from . import record
+from . import record, strategies
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -66,7 +66,11 @@ def update():
 
 
 def drawn(text):
-    for name, draw in (("finetune", finetune), ("update", update)):
+    for name, draw in (
+        ("finetune", finetune),
+        ("update", update),
+        ("strategies", strategies.table),
+    ):
         pattern = rf"(<!-- table {name}: begin -->\n).*?(<!-- table {name}: end -->)"
         text, count = re.subn(
             pattern, lambda m, draw=draw: m[1] + draw() + m[2], text, flags=re.DOTALL

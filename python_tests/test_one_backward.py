@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from lomo_kernels import Lomo
-from lomo_kernels.optim import linear
+from lomo_kernels.optim import fused, linear
 
 LR, CLIP = 0.5, 0.05
 WIDTH = 64  # at 24 tokens a step factors are smaller than gradients
@@ -290,6 +290,17 @@ def test_two_backward_measures_by_factors_too(kind):
     drive(optimizer, model, 0, "fused")
     assert optimizer.last_grad_norm == pytest.approx(norm, rel=1e-5)
     assert relative(model, expected, before) < 1e-4
+
+
+def test_the_first_of_two_backwards_forms_no_gradient_where_tokens_are_few(monkeypatch):
+    measured = []
+    monkeypatch.setattr(
+        fused, "gram_sumsq", lambda uses: measured.append(uses) or linear.gram_sumsq(uses)
+    )
+    model = build(Plain)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=CLIP, strategy="two_backward")
+    optimizer.backward(models.loss_of(model, batch=1))
+    assert len(measured) == 4
 
 
 def test_blocks_are_the_whole(monkeypatch):
@@ -763,6 +774,17 @@ def test_immediate_refuses_what_it_cannot_know():
     weight(torch.randn(2, 8)).sum().backward()
     with pytest.raises(RuntimeError, match="received a second gradient in one step"):
         weight(torch.randn(2, 8)).sum().backward()
+
+
+@pytest.mark.parametrize("kind", [Plain, Tied, Repeated])
+def test_immediate_after_a_norm_that_only_measures(kind):
+    model, expected = build(kind), build(kind)
+    optimizer = Lomo(model, lr=LR, strategy="immediate")
+    before = models.snapshot(expected)
+    norm = sgd_step(expected, [models.loss_of(expected)], max_norm=1e9)
+    drive(optimizer, model, 0, "fused")
+    assert optimizer.last_grad_norm == pytest.approx(norm, rel=1e-5)
+    assert relative(model, expected, before) < 1e-4
 
 
 def test_immediate_under_accumulate():

@@ -139,7 +139,8 @@ class Decisions:
 
         Args:
             sumsq: tensors of squared norms, where they are for the total norm alone.
-            counts: False: the step used no gradient, so the scale stays.
+            counts: False: the step used no gradient, so the scale stays, unless a norm has decided:
+                loops that leave out the update after an overflow need the scale to fall.
 
         Returns:
             The scalars of the step on each device, the first one first.

@@ -235,7 +235,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             torch.autograd.backward(self.scale(loss), retain_graph=True, inputs=inputs)
         except BaseException as error:
             self._step.updated.clear()
-            self._close(abandon=True)
+            self._drop()
             if "use_reentrant" in str(error):
                 raise RuntimeError(
                     "the norm pass needs non-reentrant checkpointing: pass use_reentrant=False"
@@ -275,8 +275,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         try:
             yield
         except BaseException:
-            self._close(abandon=True)
+            self._drop()
             raise
+
+    def _drop(self):
+        self._close(abandon=True)
+        self._watch.seen.clear()
 
     def scale(self, loss):
         """loss * loss_scale, for `opt.scale(loss).backward()`; the updates divide by it again."""
@@ -481,8 +485,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _keep_product(self, param, use):
         pending = self._step.pending.get(id(param))
         before = 0 if pending is None else pending.nbytes
-        if before + use.nbytes > param.nbytes or (pending is not None and pending.grad is not None):
-            return False  # the gradient itself is smaller
+        if before + use.nbytes >= param.nbytes or (
+            pending is not None and pending.grad is not None
+        ):
+            return False  # the gradient itself is not larger
         self._pending(param, use.right.device).uses.append(use)
         return True
 
@@ -546,13 +552,20 @@ class FusedOptimizer(torch.optim.Optimizer):
             return
         if waits:
             self._pending(param, grad.device).hold(grad)
-        elif self._step.norm_known and self._step.pending and self._step.second is None:
+        elif self._is_known(param):
             raise RuntimeError(
                 "the gradients of this step are known and wait: call fused_backward(loss, lr) or "
                 "step(), not another backward"
             )
         else:
             self._use(param, grad)
+
+    def _is_known(self, param):
+        """Whether this step has its gradient, or factors of it, from a backward before."""
+        pending, second = self._step.pending, self._step.second
+        if not self._global_norm or self._measuring or not pending:
+            return False
+        return second is None or id(param) in pending
 
     def _use(self, param, grad):
         """One gradient, in the backward that measures or in the one that updates."""

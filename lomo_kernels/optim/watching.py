@@ -30,7 +30,8 @@ class Seen:
     def __init__(self):
         self.products = 0  # not counting recomputation
         self.elsewhere = False  # used by another operation, or in an unknown way
-        self.tokens = 0
+        self.inputs = self.outputs = 0  # bytes of the factors
+        self.shares = False  # its one input is also that of the product before
         self.recomputed = False  # a product's input is dropped and computed again in backward
 
 
@@ -47,6 +48,7 @@ class Watch:
         self._on_read = weakref.WeakMethod(on_read)
         self._watched = {}
         self._weights = set()
+        self._last_input = lambda: None
         self.seen = defaultdict(Seen)
 
     def watch_weights(self, params):
@@ -94,11 +96,16 @@ class Watch:
         """(param, bytes that a step keeps of it until the norm is known) for the weights that this
         step's forwards used, in the order of their first use: the factors, or the gradient where
         that is smaller."""
+        alive = False  # the input, when the next weight shares it
         for key, seen in self.seen.items():
             if (param := self._watched.get(key)) is not None and self.takes(param):
-                factors = seen.tokens * sum(param.shape) * param.element_size()
-                grad = seen.elsewhere or factors > param.nbytes
-                yield param, param.nbytes if grad else factors
+                alive = alive and seen.shares
+                factors = seen.inputs + seen.outputs
+                if seen.elsewhere or factors >= param.nbytes:
+                    yield param, param.nbytes
+                else:
+                    yield param, factors - (seen.inputs if alive else 0)
+                    alive = True
 
     def bytes_to_wait(self):
         """As `waiting`, of those whose activations are recomputed anyway."""
@@ -108,12 +115,16 @@ class Watch:
         method = self._on_product()
         return method is not None and method(param, use(left.detach(), right.detach()))
 
-    def saw_product(self, param, tokens):
+    def saw_product(self, param, given, output_bytes):
+        """A product of the weight with `given`."""
         if torch._C._current_graph_task_id() != -1:  # in backward: recomputation
             return
         seen = self.seen[id(param)]
         seen.products += 1
-        seen.tokens += tokens
+        seen.inputs += given.nbytes
+        seen.outputs += output_bytes
+        seen.shares = seen.products == 1 and self._last_input() is given
+        self._last_input = weakref.ref(given)
         # Non-reentrant checkpointing drops what forward saves through these hooks.
         seen.recomputed |= torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
@@ -162,7 +173,8 @@ _ENGINE = {torch.autograd.backward, torch.autograd.grad}
 
 def _edges(value):
     if type(value) is _Watched:
-        return torch.autograd.graph.get_gradient_edge(value)
+        with torch._C.DisableTorchFunctionSubclass():  # it takes a view, which is no use of it
+            return torch.autograd.graph.get_gradient_edge(value)
     return type(value)(map(_edges, value)) if type(value) in (list, tuple) else value
 
 
@@ -209,9 +221,12 @@ def _linear(input, weight, bias=None):
         return NotImplemented
     if type(input) is _Watched or type(bias) is _Watched:
         return NotImplemented
-    factors.saw_product(weight, input.numel() // max(1, input.shape[-1]))
     kind = input.device.type
-    return _Linear.apply(_autocast(input, kind), weight, _autocast(bias, kind), factors, False)
+    input = _autocast(input, kind)
+    tokens = input.numel() // max(1, input.shape[-1])
+    output_bytes = tokens * weight.shape[0] * input.element_size()
+    factors.saw_product(weight, input, output_bytes)
+    return _Linear.apply(input, weight, _autocast(bias, kind), factors, False)
 
 
 def _addmm(input, mat1, mat2, *, beta=1, alpha=1, out=None):
@@ -220,9 +235,10 @@ def _addmm(input, mat1, mat2, *, beta=1, alpha=1, out=None):
         return NotImplemented
     if beta != 1 or alpha != 1 or out is not None or input.ndim != 1 or type(input) is _Watched:
         return NotImplemented
-    factors.saw_product(mat2, mat1.shape[0])
     kind = mat1.device.type
-    return _Linear.apply(_autocast(mat1, kind), mat2, _autocast(input, kind), factors, True)
+    mat1 = _autocast(mat1, kind)
+    factors.saw_product(mat2, mat1, mat1.shape[0] * mat2.shape[1] * mat1.element_size())
+    return _Linear.apply(mat1, mat2, _autocast(input, kind), factors, True)
 
 
 def _embedding(
@@ -234,7 +250,7 @@ def _embedding(
         return NotImplemented
     if type(input) is not torch.Tensor:
         return NotImplemented
-    factors.saw_product(weight, input.numel())
+    factors.saw_product(weight, input, input.numel() * weight.shape[1] * weight.element_size())
     if padding_idx is None:
         padding_idx = -1
     elif padding_idx < 0:

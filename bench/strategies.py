@@ -1,0 +1,266 @@
+"""What the ways to clip cost on Llama models, computed by the optimizer's own rules, as rows.
+
+    python -m bench.strategies
+
+Nothing is run: operations and bytes follow from the shapes of a model. On a small Llama that is
+run, python_tests/test_strategies.py finds the same of both.
+"""
+
+from typing import NamedTuple
+
+from lomo_kernels.optim import linear
+
+from . import record
+
+STRATEGIES = ("none", "one_backward", "two_backward", "partial")
+TOKENS = (128, 512, 2048, 8192)
+
+
+class Shape(NamedTuple):
+    """As transformers' LlamaConfig names them: hidden_size, intermediate_size, ..."""
+
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+
+
+# Of the public config.json of huggyllama/llama-7b, -13b, -65b and meta-llama/Meta-Llama-3-8B.
+MODELS = {
+    "LLaMA-7B": Shape(4096, 11008, 32, 32, 32, 32000),
+    "LLaMA-13B": Shape(5120, 13824, 40, 40, 40, 32000),
+    "LLaMA-65B": Shape(8192, 22016, 80, 64, 64, 32000),
+    "Llama-3-8B": Shape(4096, 14336, 32, 32, 8, 128256),
+}
+
+
+class Matrix(NamedTuple):
+    name: str
+    rows: int  # of its output
+    cols: int  # of its input
+    shares: bool = False  # its input is that of the matrix before it
+
+    @property
+    def embedding(self):  # its left factor are row numbers of 8 bytes
+        return self.name == "embedding"
+
+    @property
+    def recomputed(self):  # with checkpointing, which is by decoder layers
+        return self.name not in ("embedding", "head")
+
+    @property
+    def numel(self):
+        return self.rows * self.cols
+
+
+def layer(shape):
+    """The matrices of a decoder layer in the order of their use."""
+    hidden, inner = shape.hidden, shape.inner
+    kv = hidden // shape.heads * shape.kv_heads
+    return [
+        Matrix("query", hidden, hidden),
+        Matrix("key", kv, hidden, shares=True),
+        Matrix("value", kv, hidden, shares=True),
+        Matrix("output", hidden, hidden),
+        Matrix("gate", inner, hidden),
+        Matrix("up", inner, hidden, shares=True),
+        Matrix("down", hidden, inner),
+    ]
+
+
+def matrices(shape):
+    """Those of a model in the order of their use."""
+    embedding = Matrix("embedding", shape.vocabulary, shape.hidden)
+    return [embedding, *layer(shape) * shape.layers, embedding._replace(name="head")]
+
+
+def vectors(shape):
+    """Elements of the norms' weights, whose gradients are always held."""
+    return (2 * shape.layers + 1) * shape.hidden
+
+
+# -- bytes -----------------------------------------------------------------------------------------
+
+
+def keeps_factors(m, tokens, itemsize):
+    """FusedOptimizer._keep_product"""
+    left = 8 * tokens if m.embedding else tokens * m.rows * itemsize
+    return left + tokens * m.cols * itemsize < m.numel * itemsize
+
+
+def sizes(shape, tokens, itemsize):
+    """Bytes of what waits of each matrix; Watch.waiting"""
+    alive = False  # the input that is shared
+    for m in matrices(shape):
+        alive = alive and m.shares
+        if not keeps_factors(m, tokens, itemsize):
+            yield m.numel * itemsize
+            continue
+        left = 8 * tokens if m.embedding else tokens * m.rows * itemsize
+        yield left + (0 if alive else tokens * m.cols * itemsize)
+        alive = True
+
+
+def waiting(shape, kept, tokens, itemsize):
+    """Bytes at the end of backward of what waits; `kept`: indices into matrices(shape), from 0."""
+    matrices_too = sum(size for i, size in enumerate(sizes(shape, tokens, itemsize)) if i in kept)
+    return vectors(shape) * itemsize + matrices_too
+
+
+def parameters(shape):
+    return sum(m.numel for m in matrices(shape)) + vectors(shape)
+
+
+def partial(shape, tokens, itemsize):
+    """Indices of the matrices that wait by FusedOptimizer._kept, with the default budget."""
+    left, kept = parameters(shape) * itemsize // 4 - vectors(shape) * itemsize, set()
+    for i, size in enumerate(sizes(shape, tokens, itemsize)):
+        left -= size
+        if left < 0:
+            break
+        kept.add(i)
+    return kept
+
+
+def auto(shape, tokens, checkpointing, itemsize=2):
+    """FusedOptimizer._choose, with the default budget."""
+    pairs = zip(matrices(shape), sizes(shape, tokens, itemsize), strict=True)
+    needed = sum(size for m, size in pairs if m.recomputed)
+    within = not checkpointing or needed <= parameters(shape) * itemsize // 4
+    return "one_backward" if within else "partial"
+
+
+# -- operations ------------------------------------------------------------------------------------
+
+
+def gram_flops(m, tokens):
+    """linear.gram_sumsq: tiles of half of the two symmetric matrices; one-hot rows cost nothing."""
+    full, rest = divmod(tokens, linear.TOKENS)
+    squares = full * linear.TOKENS**2 + rest**2  # of the tiles on the diagonal
+    return (m.cols if m.embedding else m.rows + m.cols) * (tokens**2 + squares)
+
+
+def product_flops(m, tokens):
+    """Forward, an input's gradient, or a weight's gradient; an embedding multiplies nothing."""
+    return 0 if m.embedding else 2 * tokens * m.numel
+
+
+def attention_flops(shape, tokens):
+    """Both products of a layer's scores in forward, without use of causality; backward is twice."""
+    return 4 * tokens**2 * shape.hidden
+
+
+def first_flops(m, tokens, itemsize, strategy, waits):
+    """A weight's gradient and its norm in the first or only backward, and updates that waited."""
+    form, by_gram = product_flops(m, tokens), linear.gram_is_cheaper(tokens, m.rows, m.cols)
+    if strategy == "none":
+        return form
+    if not waits:  # until the second backward
+        return gram_flops(m, tokens) if by_gram else form
+    if not keeps_factors(m, tokens, itemsize):
+        return form
+    return form + (gram_flops(m, tokens) if by_gram else form)
+
+
+def flops(shape, tokens, checkpointing, strategy, itemsize=2):
+    """Matrix products of a step with one sequence, 2 for a multiplication and addition."""
+    listed = matrices(shape)
+    every = set(range(len(listed)))
+    kept = {"none": set(), "one_backward": every, "two_backward": set()}.get(strategy)
+    if kept is None:
+        kept = partial(shape, tokens, itemsize)
+    attention = attention_flops(shape, tokens)
+    forward = sum(product_flops(m, tokens) for m in listed) + shape.layers * attention
+    total = forward + 2 * shape.layers * attention
+    for i, m in enumerate(listed):
+        total += product_flops(m, tokens)  # the gradient of its input
+        total += first_flops(m, tokens, itemsize, strategy, i in kept)
+    recomputed = layer_flops(shape, tokens, strategy)
+    if checkpointing:
+        total += shape.layers * recomputed
+    if strategy in ("none", "one_backward"):
+        return total
+    # The second backward ends at the first matrix that does not wait.
+    again = listed[max(kept, default=-1) + 1 :]
+    total += sum(2 * product_flops(m, tokens) for m in again)
+    names = [m.name for m in again]
+    total += 2 * names.count("value") * attention
+    if checkpointing:
+        total += names.count("down") * recomputed
+    return total
+
+
+def layer_flops(shape, tokens, strategy):
+    """The forward of a layer as checkpointing repeats it.
+
+    It ends as soon as everything is saved again: before the last product where torch does it,
+    after it where the optimizer's function does.
+    """
+    listed = layer(shape)[: -1 if strategy == "none" else None]
+    return sum(product_flops(m, tokens) for m in listed) + attention_flops(shape, tokens)
+
+
+# -- rows ------------------------------------------------------------------------------------------
+
+
+def rows_of(name, itemsize=2):
+    shape = MODELS[name]
+    every = set(range(len(matrices(shape))))
+    for tokens in TOKENS:
+        for checkpointing in (False, True):
+            count = {s: flops(shape, tokens, checkpointing, s, itemsize) for s in STRATEGIES}
+            some = partial(shape, tokens, itemsize)
+            yield {
+                "model": name,
+                "tokens": tokens,
+                "checkpointing": "yes" if checkpointing else "no",
+                **{f"tflops_{s}": f"{count[s] / 1e12:.3f}" for s in STRATEGIES},
+                **{f"relative_{s}": f"{count[s] / count['none']:.3f}" for s in STRATEGIES[1:]},
+                "waiting_bytes_one_backward": waiting(shape, every, tokens, itemsize),
+                "waiting_bytes_partial": waiting(shape, some, tokens, itemsize),
+                "gradient_bytes": parameters(shape) * itemsize,
+                "auto": auto(shape, tokens, checkpointing, itemsize),
+            }
+
+
+def _drawn(rows):
+    from .readme import _table  # which may import this module
+
+    body = [
+        [
+            r["model"],
+            str(r["tokens"]),
+            r["checkpointing"],
+            *(f"{float(r[f'relative_{s}']):.2f}" for s in STRATEGIES[1:]),
+            f"{int(r['waiting_bytes_one_backward']) / 2**30:.2f}",
+            f"{int(r['gradient_bytes']) / 2**30:.2f}",
+            r["auto"],
+        ]
+        for r in rows
+    ]
+    head = ["model", "tokens", "checkpointing", *STRATEGIES[1:]]
+    return _table([*head, "one_backward waits, GiB", "gradients, GiB", "auto picks"], body)
+
+
+def table():
+    """For README, from the rows."""
+    from .readme import _source
+
+    rows = record.read("strategies")
+    some = [r for r in rows if r["model"] in ("LLaMA-7B", "Llama-3-8B")]
+    return (
+        "Matrix products of a step, attention's included, relative to the same step unclipped; "
+        "bf16, one sequence; computed.\n\n" + _drawn(some) + _source(rows, "strategies")
+    )
+
+
+def main():
+    rows = [row for name in MODELS for row in rows_of(name)]
+    print(_drawn(rows))
+    print(record.write("strategies", rows))
+
+
+if __name__ == "__main__":
+    main()

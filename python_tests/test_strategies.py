@@ -1,0 +1,101 @@
+"""The operations and bytes that bench.strategies computes, against a small Llama that is run."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import strategies
+from lomo_kernels import Lomo
+from lomo_kernels.optim import linear
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+SHAPE = strategies.Shape(hidden=64, inner=160, layers=3, heads=4, kv_heads=2, vocabulary=256)
+
+
+def build(checkpointing):
+    config = transformers.LlamaConfig(
+        hidden_size=SHAPE.hidden, intermediate_size=SHAPE.inner, num_hidden_layers=SHAPE.layers,
+        num_attention_heads=SHAPE.heads, num_key_value_heads=SHAPE.kv_heads,
+        vocab_size=SHAPE.vocabulary, max_position_embeddings=2048,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        # Other attentions are operators whose products are counted by other rules, or not at all.
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model.config.use_cache = False
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.float().train()
+
+
+def addmm_flops(out, a, b, out_shape=None, **factors):
+    return 2 * a[0] * a[1] * b[1]
+
+
+def measured(strategy, tokens, checkpointing):
+    """-> (operations of a step, the optimizer)
+
+    The counter does not know `addmm_`, by which blocks of a gradient are formed on a CPU: without a
+    formula for it those would be missing.
+    """
+    model = build(checkpointing)
+    clip = {} if strategy == "none" else {"clip_grad_norm": 1e-3, "strategy": strategy}
+    optimizer = Lomo(model, lr=1e-3, **clip)
+    ids = torch.randint(SHAPE.vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
+    formula = {torch.ops.aten.addmm_: addmm_flops}
+    with FlopCounterMode(display=False, custom_mapping=formula) as counter:
+        optimizer.backward(model(input_ids=ids, labels=ids).loss)
+    return counter.get_total_flops(), optimizer
+
+
+def waits(strategy, tokens):
+    kept = {
+        "none": None,
+        "two_backward": None,
+        "one_backward": range(len(strategies.matrices(SHAPE))),
+        "partial": strategies.partial(SHAPE, tokens, 4),
+    }[strategy]
+    return 0 if kept is None else strategies.waiting(SHAPE, kept, tokens, 4)
+
+
+# Factors are smaller than the gradient below 21 tokens for key and value, 32 for query and output,
+# 46 for the others, 51 for the head.
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("tokens", [8, 27, 32, 96])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("strategy", strategies.STRATEGIES)
+def test_a_step_costs_what_is_computed(strategy, checkpointing, tokens):
+    count, optimizer = measured(strategy, tokens, checkpointing)
+    computed = strategies.flops(SHAPE, tokens, checkpointing, strategy, itemsize=4)
+    assert count == pytest.approx(computed, rel=0.01)
+    assert optimizer.last_waiting_bytes == pytest.approx(waits(strategy, tokens), rel=0.02)
+
+
+@pytest.mark.parametrize("strategy", ["one_backward", "two_backward"])
+def test_tiles_of_gram_matrices(strategy, monkeypatch):
+    monkeypatch.setattr(linear, "TOKENS", 8)
+    count, _ = measured(strategy, 20, False)
+    computed = strategies.flops(SHAPE, 20, False, strategy, itemsize=4)
+    assert count == pytest.approx(computed, rel=0.01)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("tokens", [4, 8, 32])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_auto(checkpointing, tokens):
+    _, optimizer = measured("auto", tokens, checkpointing)
+    picked = strategies.auto(SHAPE, tokens, checkpointing, itemsize=4)
+    assert optimizer.explain().startswith(f"strategy {picked}: ")
+
+
+def test_parameters_are_those_of_the_model():
+    assert strategies.parameters(SHAPE) == sum(p.numel() for p in build(False).parameters())
+    counts = [strategies.parameters(shape) for shape in strategies.MODELS.values()]
+    assert counts == [6_738_415_616, 13_015_864_320, 65_285_660_672, 8_030_261_248]
+
+
+def test_the_table_is_of_two_models():
+    lines = [line for line in strategies.table().splitlines() if line.startswith("| L")]
+    assert len(lines) == 2 * len(strategies.TOKENS) * 2
+    assert len({line.count("|") for line in lines}) == 1
