@@ -109,3 +109,18 @@ def test_what_waits_takes_the_room_of_activations(length):
     assert peaks["one_backward"] <= 1.01 * peaks["dropped"]
     assert peaks["one_backward"] <= peaks["kept"]
     assert length > 32 or peaks["one_backward"] < 0.9 * peaks["kept"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("name", "picked"),
+    [("llama", "one_backward"), ("mamba", "one_backward"), ("mixtral", "partial")],
+)
+def test_auto_counts_gradients_that_have_no_factors(name, picked):
+    """Those of experts, most of such a model, would wait whole."""
+    model = build(name)
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=CLIP)
+    optimizer.backward(loss_of(model))
+    assert optimizer.explain().startswith(f"strategy {picked}: ")
+    if picked == "partial":
+        assert optimizer.last_waiting_bytes <= sum(p.nbytes for p in model.parameters()) / 4

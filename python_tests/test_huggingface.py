@@ -100,17 +100,18 @@ def test_a_resumed_trainer_is_the_uninterrupted_one(tmp_path, rounding):
     assert models.same(resumed, models.snapshot(whole))
 
 
+@pytest.mark.parametrize("norm", [0.5, None])
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_trainer_with_a_global_norm_equals_sgd(tmp_path, accumulation):
-    """One backward; several of them before a step are one large batch."""
+def test_trainer_with_one_backward_equals_sgd(tmp_path, accumulation, norm):
+    """Several of them before a step are one large batch."""
     ours, theirs = tiny_llama(), tiny_llama()
     options = {"save_strategy": "no", "gradient_accumulation_steps": accumulation}
-    optimizer = Lomo(ours, lr=LR, clip_grad_norm=0.5)
+    optimizer = Lomo(ours, lr=LR, clip_grad_norm=norm, strategy="one_backward")
     train(ours, optimizer, tmp_path / "ours", max_grad_norm=0.0, **options)
     sgd = torch.optim.SGD(theirs.parameters(), lr=LR)
-    train(theirs, sgd, tmp_path / "sgd", max_grad_norm=0.5, **options)
+    train(theirs, sgd, tmp_path / "sgd", max_grad_norm=norm or 0.0, **options)
     assert models.difference(ours, theirs) < 1e-6
-    assert optimizer.last_grad_norm > 0.5  # clipping was at work
+    assert optimizer.last_grad_norm > 0.5  # clipping was at work, where it was asked for
     assert models.difference(ours, tiny_llama()) > 1e-2
 
 

@@ -85,10 +85,15 @@ CONFIGURATIONS = {
     "value": {"clip_grad_value": 0.003},
     "tensor norm": {"clip_grad_norm": 0.05, "norm": "tensor"},
     "global norm": {"clip_grad_norm": 0.2},
+    "global norm by two backwards": {"clip_grad_norm": 0.2, "strategy": "two_backward"},
     "global norm that does not clip": {"clip_grad_norm": 1e4},
     "scale": {"loss_scale": 4096.0},
     "everything": {
         "weight_decay": 0.1, "clip_grad_value": 0.02, "clip_grad_norm": 0.3, "loss_scale": 1024.0,
+    },
+    "everything by two backwards": {
+        "weight_decay": 0.1, "clip_grad_value": 0.02, "clip_grad_norm": 0.3, "loss_scale": 1024.0,
+        "strategy": "two_backward",
     },
     "everything but the global norm": {
         "weight_decay": 0.1, "clip_grad_value": 0.01, "clip_grad_norm": 0.1, "norm": "tensor",
@@ -107,7 +112,7 @@ DRIVERS = {
 def drivers_for(options):
     for name, driver in DRIVERS.items():
         one_pass = name in ("loop", "scaled loop")
-        if one_pass and "clip_grad_norm" in options and options.get("norm") != "tensor":
+        if one_pass and options.get("strategy") == "two_backward":
             continue
         if name == "loop" and "loss_scale" in options:
             continue

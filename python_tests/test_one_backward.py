@@ -440,9 +440,10 @@ def test_another_backward_when_the_norm_is_decided():
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize("kind", [Plain, Tied, Recomputed])
 @pytest.mark.parametrize("place", ["head", "up", "embedding"])
-def test_all_or_nothing(kind, place, value):
+@pytest.mark.parametrize("clip", [{"clip_grad_norm": CLIP}, {"strategy": "one_backward"}], ids=str)
+def test_all_or_nothing(kind, place, value, clip):
     model = build(kind)
-    optimizer = Lomo(model, lr=LR, clip_grad_norm=CLIP, weight_decay=0.1)
+    optimizer = Lomo(model, lr=LR, weight_decay=0.1, **clip)
     before = models.snapshot(model)
 
     def spoil(module, args, output):
@@ -584,7 +585,7 @@ def test_parameters_that_are_thawed_are_watched():
 
 
 def flops(step):
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=models.FLOPS) as counter:
         step()
     return counter.get_total_flops()
 
@@ -632,7 +633,7 @@ def test_what_waits_is_never_more_than_the_gradients():
 @pytest.mark.parametrize(
     ("kind", "budget", "picked", "why"),
     [
-        (Plain, 0, "one_backward", "replaces activations that backward frees"),
+        (Plain, 0, "one_backward", "0.0 MiB would wait beside the room of activations, within"),
         (Recomputed, None, "one_backward", "within the budget"),
         (Recomputed, 0, "two_backward", "above the budget of 0.0 MiB"),
     ],
@@ -797,6 +798,16 @@ def test_immediate_under_accumulate():
     models.loss_of(model, 1).backward()
     optimizer.step()
     assert relative(model, expected, before) < 1e-4
+
+
+def test_a_graph_that_still_has_the_old_weights_is_noticed():
+    model = build(Plain)
+    optimizer = Lomo(model, lr=LR, strategy="immediate")
+    loss = models.loss_of(model)
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_two_forwards_before_a_backward():

@@ -1,5 +1,6 @@
 """The operations and bytes that bench.strategies computes, against a small Llama that is run."""
 
+import models
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,22 +30,13 @@ def build(checkpointing):
     return model.float().train()
 
 
-def addmm_flops(out, a, b, out_shape=None, **factors):
-    return 2 * a[0] * a[1] * b[1]
-
-
 def measured(strategy, tokens, checkpointing):
-    """-> (operations of a step, the optimizer)
-
-    The counter does not know `addmm_`, by which blocks of a gradient are formed on a CPU: without a
-    formula for it those would be missing.
-    """
+    """-> (operations of a step, the optimizer)"""
     model = build(checkpointing)
     clip = {} if strategy == "none" else {"clip_grad_norm": 1e-3, "strategy": strategy}
     optimizer = Lomo(model, lr=1e-3, **clip)
     ids = torch.randint(SHAPE.vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
-    formula = {torch.ops.aten.addmm_: addmm_flops}
-    with FlopCounterMode(display=False, custom_mapping=formula) as counter:
+    with FlopCounterMode(display=False, custom_mapping=models.FLOPS) as counter:
         optimizer.backward(model(input_ids=ids, labels=ids).loss)
     return counter.get_total_flops(), optimizer
 

@@ -390,7 +390,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def _global_norm(self):
-        return self.clip_grad_norm is not None and self.norm == "global"
+        """Whether the norm of all gradients is found before the first update."""
+        wanted = self.clip_grad_norm is not None or self.strategy == "one_backward"
+        return wanted and self.norm == "global"
 
     @property
     def _immediate(self):
@@ -433,17 +435,19 @@ class FusedOptimizer(torch.optim.Optimizer):
             choice = self.strategy, "asked for"
         elif self._step.pending:
             choice = "one_backward", "gradients of this step wait already"
-        elif not (needed := self._watch.bytes_to_wait()):
-            # Without recomputation factors replace activations that backward is freeing.
-            why = "what waits for the norm replaces activations that backward frees"
-            choice = "one_backward", why
         else:
-            budget = self._budget()
-            name = "one_backward"
+            # Without recomputation factors replace activations that backward is freeing.
+            needed, budget = self._watch.bytes_to_wait(), self._budget()
+            needed += sum(
+                p.nbytes
+                for p in self._params()
+                if p.requires_grad and p.ndim > 1 and not self._watch.takes(p)
+            )
+            name, why = "one_backward", f"within the budget of {_mib(budget)}"
             if needed > budget:
                 name = "partial" if self._kept() else "two_backward"
-            why = f"{'within' if needed <= budget else 'above'} the budget of {_mib(budget)}"
-            why = f"beside recomputed activations {_mib(needed)} would wait for the norm, {why}"
+                why = f"above the budget of {_mib(budget)}"
+            why = f"{_mib(needed)} would wait beside the room of activations, {why}"
             choice = name, why
         if self._choice is None or self._choice[0] != choice[0]:
             logger.info("strategy %s: %s", *choice)

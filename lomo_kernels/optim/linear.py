@@ -97,24 +97,20 @@ def product(uses, first, last, cols, out=None):
     if out is None:
         dtype = torch.promote_types(uses[0].right.dtype, torch.float32)
         out = uses[0].right.new_empty(size, cols, dtype=dtype)
-    empty = True
-    for u in uses:
-        if u.left.ndim == 2:
-            left = u.left[:, first:last].T
-            if u.right.is_cuda and u.right.dtype is not torch.float32:
-                part = _matmul(left, u.right)
-            else:
-                part = None
-                out.addmm_(_precise(left), _precise(u.right), beta=0 if empty else 1)
+    for k, u in enumerate(uses):
+        beta = 1 if k else 0  # out has nothing in it yet
+        if u.left.ndim == 1:
+            if not beta:
+                out.zero_()
+            inside = (u.left >= first) & (u.left < last)
+            rows = torch.where(inside, u.left - first, 0)
+            right = _precise(u.right.masked_fill(~inside[:, None], 0.0))
+            out.index_put_((rows,), right, accumulate=True)  # the same order in every run
+        elif u.right.is_cuda and u.right.dtype is not torch.float32:
+            part = _matmul(u.left[:, first:last].T, u.right)
+            out.add_(part) if beta else out.copy_(part)
         else:
-            # A row that is not in this block is what the operator calls padding: left out.
-            row = torch.where((u.left >= first) & (u.left < last), u.left - first, size)
-            part = torch.ops.aten.embedding_dense_backward(
-                _precise(u.right), row, size + 1, size, False
-            )[:size]
-        if part is not None:
-            out.copy_(part) if empty else out.add_(part)
-        empty = False
+            out.addmm_(_precise(u.left[:, first:last]).T, _precise(u.right), beta=beta)
     return out
 
 

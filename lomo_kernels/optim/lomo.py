@@ -34,13 +34,14 @@ class Lomo(FusedOptimizer):
             tensor is clipped by its own norm, inside backward.
         strategy: how the global norm is known before the first update. "one_backward": gradients
             wait for `step()`, those of weight matrices as the two factors they are a product of
-            (input and output gradient of the layer), or as they are where that is smaller.
+            (input and output gradient of the layer), or as they are where that is smaller; so
+            too, where asked for, without clip_grad_norm. Backwards before a step then add up.
             "two_backward": backward runs twice, as in the paper, and nothing waits; for `backward`
             and `grad_norm`. "partial": likewise, but gradients of the layers nearest the input
             wait, up to `factor_budget`, and the second backward ends above them. "auto": one
-            backward, unless activations are recomputed and what would wait beside them is more
-            than `factor_budget`; then "partial". A `loss.backward()` of one's own is always the
-            one backward. `explain()` says what was picked and what waited.
+            backward, unless what would wait beside the room of activations (all of it where they
+            are recomputed) is more than `factor_budget`; then "partial". A `loss.backward()` of
+            one's own is always the one backward. `explain()` says what was picked and what waited.
             Without a global norm "immediate" updates weight matrices block by block in backward,
             so that not even one of their gradients exists.
         factor_budget: bytes; None: a quarter of the parameters' bytes.

@@ -108,8 +108,9 @@ class Watch:
                     alive = True
 
     def bytes_to_wait(self):
-        """As `waiting`, of those whose activations are recomputed anyway."""
-        return sum(size for p, size in self.waiting() if self.seen[id(p)].recomputed)
+        """As `waiting`, of what does not take the room of an activation that backward frees."""
+        seen = [(self.seen[id(p)], size) for p, size in self.waiting()]
+        return sum(size for s, size in seen if s.recomputed or s.elsewhere)
 
     def take(self, param, left, right):
         method = self._on_product()
