@@ -380,7 +380,7 @@ def test_what_is_held_out_is_not_trained_on(tiny, questions):
     reference = data.load(None, None, tokenizer, length=32, seed=0)
     train = {e.completion for e in reference.train}
     overlap = sum(e.completion in train for e in reference.held_out)
-    assert overlap <= 0.01 * len(reference.held_out)  # runs of spaces and dashes
+    assert overlap <= 0.05 * len(reference.held_out)  # what every edition of it repeats
 
 
 def test_long_questions_keep_their_end(tiny):
