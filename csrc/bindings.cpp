@@ -21,7 +21,8 @@ T* pointer(uintptr_t address) {
 }
 
 // A list of tensors comes as the address of rows of int64 with the layout of the struct.
-static_assert(sizeof(TensorRef) == 6 * sizeof(int64_t) && sizeof(GradRef) == 2 * sizeof(int64_t));
+static_assert(sizeof(TensorRef) == 6 * sizeof(int64_t) && sizeof(GradRef) == 2 * sizeof(int64_t) &&
+              sizeof(AdaRef) == 14 * sizeof(int64_t));
 
 // Binds one update function; `where` are the trailing arguments that say where to run.
 template <typename... Where>
@@ -80,6 +81,43 @@ auto decide(Status (*run)(const DecideArgs&, Where...), const char* name) {
   };
 }
 
+template <typename... Where>
+auto adalomo(Status (*run)(const AdaRef*, int64_t, DType, DType, Rounding, const AdaArgs&,
+                           Where...),
+             const char* name) {
+  return [=](uintptr_t rows, int64_t count, int param, int grad, int rounding, double lr,
+             double weight_decay, double eps_square, double eps_rms, double clip_threshold,
+             double clip_value, uint64_t seed, uintptr_t inv_scale, uintptr_t clip_coef,
+             uintptr_t found_inf, uintptr_t skip, uintptr_t weights, int64_t weights_count,
+             Where... where) {
+    const AdaArgs args{float(lr),
+                       float(weight_decay),
+                       float(eps_square),
+                       float(eps_rms),
+                       float(clip_threshold),
+                       float(clip_value),
+                       seed,
+                       pointer<const float>(inv_scale),
+                       pointer<const float>(clip_coef),
+                       pointer<float>(found_inf),
+                       pointer<const float>(skip),
+                       pointer<const float>(weights),
+                       weights_count};
+    const py::gil_scoped_release nogil;
+    raise_if(run(pointer<const AdaRef>(rows), count, DType(param), DType(grad), Rounding(rounding),
+                 args, where...),
+             name);
+  };
+}
+
+template <typename... Where>
+auto adalomo_sums(Status (*run)(const AdaRef&, DType, Where...), const char* name) {
+  return [=](uintptr_t row, int param, Where... where) {
+    const py::gil_scoped_release nogil;
+    raise_if(run(*pointer<const AdaRef>(row), DType(param), where...), name);
+  };
+}
+
 #ifdef LOMO_WITH_CUDA
 // A stream is an address; pybind11 has no caster from int to void*.
 Status cuda_update(const TensorRef* t, int64_t count, DType param, DType grad, Rounding rounding,
@@ -94,6 +132,15 @@ Status cuda_sumsq(const GradRef* t, int64_t count, DType grad, const SumsqArgs& 
 
 Status cuda_decide(const DecideArgs& args, int device, uintptr_t stream) {
   return cuda::decide(args, device, pointer<void>(stream));
+}
+
+Status cuda_adalomo(const AdaRef* t, int64_t count, DType param, DType grad, Rounding rounding,
+                    const AdaArgs& args, int device, uintptr_t stream) {
+  return cuda::adalomo_update(t, count, param, grad, rounding, args, device, pointer<void>(stream));
+}
+
+Status cuda_adalomo_sums(const AdaRef& t, DType param, int device, uintptr_t stream) {
+  return cuda::adalomo_sums(t, param, device, pointer<void>(stream));
 }
 #endif
 
@@ -115,6 +162,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_update", update(&cpu::lomo_update, "lomo_update_ on the CPU"));
   m.def("cpu_sumsq", sumsq(&cpu::grad_sumsq, "grad_sumsq_ on the CPU"));
   m.def("cpu_decide", decide(&cpu::decide, "decide_ on the CPU"));
+  m.def("cpu_adalomo", adalomo(&cpu::adalomo_update, "adalomo_update_ on the CPU"));
+  m.def("cpu_adalomo_sums", adalomo_sums(&cpu::adalomo_sums, "adalomo_sums_ on the CPU"));
+  m.def("adalomo_scratch", &adalomo_scratch);
   m.def("cpu_instruction_set", &cpu::instruction_set);
   m.def("cpu_use_instruction_set", &cpu::use_instruction_set);
 
@@ -124,6 +174,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_update", update(&cuda_update, "lomo_update_ on CUDA"));
   m.def("cuda_sumsq", sumsq(&cuda_sumsq, "grad_sumsq_ on CUDA"));
   m.def("cuda_decide", decide(&cuda_decide, "decide_ on CUDA"));
+  m.def("cuda_adalomo", adalomo(&cuda_adalomo, "adalomo_update_ on CUDA"));
+  m.def("cuda_adalomo_sums", adalomo_sums(&cuda_adalomo_sums, "adalomo_sums_ on CUDA"));
   m.def("cuda_device_count", [] {
     int count = 0;
     raise_if(cuda::device_count(&count), "cuda_device_count");

@@ -1,4 +1,5 @@
 // CPU launchers: which instruction set, which threads, which piece of which tensor.
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <system_error>
@@ -7,6 +8,18 @@
 
 #include "cpu_loops.h"
 #include "decide.h"
+
+namespace lomo {
+
+int64_t adalomo_scratch(int64_t batch, int64_t rows, int64_t cols, bool factored) {
+  AdaRef ref{};
+  ref.batch = batch, ref.rows = rows, ref.cols = cols, ref.factored = factored;
+  int64_t size;
+  item_of(ref, &size);
+  return size;
+}
+
+}  // namespace lomo
 
 namespace lomo::cpu {
 namespace {
@@ -88,6 +101,10 @@ class Items {
   int64_t size_, elements_ = 0;
 };
 
+float total(const Loops& loops, const float* partials, int64_t count) {
+  return count == 1 ? *partials : loops.sum_partials(partials, count);
+}
+
 }  // namespace
 
 const char* instruction_set() { return chosen().name; }
@@ -149,6 +166,45 @@ Status grad_sumsq(const GradRef* grads, int64_t count, DType grad, const SumsqAr
           loops.sum_partials(partials + items.first(k), items.first(k + 1) - items.first(k));
   }
   if (!finite && args.found_inf) *args.found_inf = 1.0f;
+  return nullptr;
+}
+
+Status adalomo_update(const AdaRef* tensors, int64_t count, DType param, DType grad,
+                      Rounding rounding, const AdaArgs& args, int threads) {
+  const PhiloxKey key(args.seed);
+  const Loops& loops = *chosen().loops;
+  for (int64_t k = 0; k < count; ++k) {
+    const AdaItem t = item_of(tensors[k]);
+    const AdaRule rule = rule_of(args, *t.step);
+    const auto for_tiles = [&](const auto& run) { parallel_for(t.tiles, t.numel, threads, run); };
+    if (t.factored) {
+      for_tiles([&](int64_t tile) { loops.ada_stats(grad, t, tile, rule); });
+      const int64_t parts = t.batch * (t.across * t.rows + t.down * t.cols);
+      parallel_for(t.batch * (t.row_groups + t.col_groups), parts, threads,
+                   [&](int64_t group) { loops.ada_moments(t, group, rule); });
+    }
+    for_tiles([&](int64_t tile) { loops.ada_norm(grad, t, tile, rule); });
+    const AdaStep step =
+        step_of(args, total(loops, t.norms, t.tiles), total(loops, t.sums, t.tiles), t.numel);
+    if (step.size != step.size) {
+      if (args.found_inf) *args.found_inf = 1.0f;
+      continue;
+    }
+    for_tiles(
+        [&](int64_t tile) { loops.ada_update(param, grad, rounding, t, tile, rule, step, key); });
+    if (t.factored) {
+      std::copy_n(t.new_row, t.batch * t.rows, t.row);
+      std::copy_n(t.new_col, t.batch * t.cols, t.col);
+    }
+    *t.step += 1;
+  }
+  return nullptr;
+}
+
+Status adalomo_sums(const AdaRef& tensor, DType param, int threads) {
+  const AdaItem t = item_of(tensor);
+  const Loops& loops = *chosen().loops;
+  parallel_for(t.tiles, t.numel, threads, [&](int64_t tile) { loops.ada_sums(param, t, tile); });
   return nullptr;
 }
 

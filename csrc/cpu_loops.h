@@ -1,5 +1,6 @@
 // The vectorised loops of the CPU backend, one set of them per instruction set.
 #pragma once
+#include "adalomo.h"
 #include "kernels.h"
 #include "philox.h"
 #include "update.h"
@@ -14,6 +15,13 @@ struct Loops {
   float (*sumsq_chunk)(DType grad, const void* chunk, int64_t numel, float inv_scale, bool* finite);
   // Sum of a tensor's chunk sums, in the declared order.
   float (*sum_partials)(const float* partials, int64_t numel);
+  // AdaLomo, a tile or a group of rows or columns at a time (adalomo.h, Note [Tiles]).
+  void (*ada_stats)(DType grad, const AdaItem&, int64_t tile, const AdaRule&);
+  void (*ada_moments)(const AdaItem&, int64_t group, const AdaRule&);
+  void (*ada_norm)(DType grad, const AdaItem&, int64_t tile, const AdaRule&);
+  void (*ada_sums)(DType param, const AdaItem&, int64_t tile);
+  void (*ada_update)(DType param, DType grad, Rounding, const AdaItem&, int64_t tile,
+                     const AdaRule&, const AdaStep&, const PhiloxKey&);
 };
 
 extern const Loops loops_baseline;

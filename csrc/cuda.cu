@@ -1,8 +1,10 @@
 // CUDA launchers: the only place with grids.
 #include <cuda_runtime.h>
 
-#include <algorithm>
+#include <type_traits>
+#include <vector>
 
+#include "adalomo.cuh"
 #include "decide.cuh"
 #include "dispatch.h"
 #include "sumsq.cuh"
@@ -46,6 +48,7 @@ void launch(void (*kernel)(Params...), int64_t blocks, cudaStream_t stream, cons
 #endif
 
 constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;
+constexpr Status kTooLarge = "a tensor is larger than one grid can cover";
 
 // Calls run(table, blocks, begin) for consecutive pieces [begin, begin + table.count) of a list,
 // as few as a table's size and a grid's allow. item_of turns a tensor into a table's item.
@@ -62,7 +65,7 @@ Status for_tables(const Ref* tensors, int64_t count, const ItemOf& item_of, cons
       table.first_block[table.count++] = uint32_t(blocks);
       blocks += blocks_of(item);
     }
-    if (table.count == 0) return "a tensor is larger than one grid can cover";
+    if (table.count == 0) return kTooLarge;
     run(table, blocks, begin);
   }
   return text(cudaGetLastError());
@@ -77,20 +80,6 @@ Status update_rounded(const TensorRef* tensors, int64_t count, const UpdateArgs&
   };
   return count == 1 ? for_tables<1>(tensors, count, piece_of<P>, run)
                     : for_tables<kMany>(tensors, count, piece_of<P>, run);
-}
-
-template <typename P, typename G>
-Status update_pair(Rounding rounding, const TensorRef* tensors, int64_t count,
-                   const UpdateArgs& args, cudaStream_t stream) {
-  if constexpr (sizeof(typename P::Bits) == 2) {
-    if (rounding == Rounding::stochastic)
-      return update_rounded<P, G, Rounding::stochastic>(tensors, count, args, stream);
-  }
-  if constexpr (std::is_same_v<P, BFloat16>) {
-    if (rounding == Rounding::split)
-      return update_rounded<P, G, Rounding::split>(tensors, count, args, stream);
-  }
-  return update_rounded<P, G, Rounding::nearest>(tensors, count, args, stream);
 }
 
 template <typename G>
@@ -111,6 +100,39 @@ Status sumsq_of(const GradRef* grads, int64_t count, const SumsqArgs& args, cuda
   };
   return count == 1 ? for_tables<1>(grads, count, itself, run)
                     : for_tables<kMany>(grads, count, itself, run);
+}
+
+// Rows and columns have kernels of their own, one tensor at a time; what is small, as tensors of
+// less than two dimensions are in most models, shares launches.
+template <typename P, typename G, Rounding R>
+Status adalomo_of(const AdaRef* tensors, int64_t count, const AdaArgs& args, cudaStream_t stream) {
+  const AdaUpdate update(args);
+  std::vector<AdaRef> together;
+  const auto sweep = [&](const auto& table, int64_t blocks, auto factored) {
+    constexpr int kCapacity = std::decay_t<decltype(table)>::capacity;
+    launch(ada_norm_kernel<G, factored.value, kCapacity>, blocks, stream, table, args);
+    launch(ada_step_kernel<kCapacity>, table.count, stream, table, args);
+    launch(ada_update_kernel<P, G, R, factored.value, kCapacity>, blocks, stream, table, update);
+  };
+  const auto one = [](const AdaRef& ref) { return item_of(ref); };
+  for (int64_t k = 0; k < count; ++k) {
+    if (!tensors[k].factored) {
+      together.push_back(tensors[k]);
+      continue;
+    }
+    const Status status =
+        for_tables<1>(&tensors[k], 1, one, [&](const auto& table, int64_t blocks, int64_t) {
+          const AdaItem& t = table.item[0];
+          launch(ada_stats_kernel<G>, blocks, stream, t, args);
+          const int64_t groups = t.batch * (t.row_groups + t.col_groups);
+          if (groups > 0) launch(ada_moments_kernel, groups, stream, t, args);
+          sweep(table, blocks, std::true_type());
+        });
+    if (status) return status;
+  }
+  return for_tables<kAdaMany>(
+      together.data(), int64_t(together.size()), one,
+      [&](const auto& table, int64_t blocks, int64_t) { sweep(table, blocks, std::false_type()); });
 }
 
 }  // namespace
@@ -137,9 +159,9 @@ Status lomo_update(const TensorRef* tensors, int64_t count, DType param, DType g
                    Rounding rounding, const UpdateArgs& args, int device, void* stream) {
   const OnDevice guard(device);
   if (guard.error() != cudaSuccess) return text(guard.error());
-  return dispatch_pair(param, grad, [&](auto p, auto g) {
-    return update_pair<decltype(p), decltype(g)>(rounding, tensors, count, args,
-                                                 static_cast<cudaStream_t>(stream));
+  return dispatch_rounded(param, grad, rounding, [&](auto p, auto g, auto r) {
+    return update_rounded<decltype(p), decltype(g), decltype(r)::value>(
+        tensors, count, args, static_cast<cudaStream_t>(stream));
   });
 }
 
@@ -150,6 +172,27 @@ Status grad_sumsq(const GradRef* grads, int64_t count, DType grad, const SumsqAr
   return dispatch(grad, [&](auto g) {
     return sumsq_of<decltype(g)>(grads, count, args, static_cast<cudaStream_t>(stream));
   });
+}
+
+Status adalomo_update(const AdaRef* tensors, int64_t count, DType param, DType grad,
+                      Rounding rounding, const AdaArgs& args, int device, void* stream) {
+  const OnDevice guard(device);
+  if (guard.error() != cudaSuccess) return text(guard.error());
+  return dispatch_rounded(param, grad, rounding, [&](auto p, auto g, auto r) {
+    return adalomo_of<decltype(p), decltype(g), decltype(r)::value>(
+        tensors, count, args, static_cast<cudaStream_t>(stream));
+  });
+}
+
+Status adalomo_sums(const AdaRef& tensor, DType param, int device, void* stream) {
+  const OnDevice guard(device);
+  if (guard.error() != cudaSuccess) return text(guard.error());
+  const AdaItem t = item_of(tensor);
+  if (t.tiles > kMaxBlocks) return kTooLarge;
+  dispatch(param, [&](auto p) {
+    launch(ada_sums_kernel<decltype(p)>, t.tiles, static_cast<cudaStream_t>(stream), t);
+  });
+  return text(cudaGetLastError());
 }
 
 Status decide(const DecideArgs& args, int device, void* stream) {

@@ -53,6 +53,33 @@ struct SumsqArgs {
   float* partials;
 };
 
+// AdaLomo (adalomo.h): a tensor [batch, rows, cols], or one of less than two dimensions seen as a
+// matrix of kTileCols columns.
+struct AdaRef {
+  void* param;
+  const void* grad;
+  void* low;       // int16, Rounding::split alone
+  float* row;      // moments [batch, rows]; not factored: [numel]
+  float* col;      // moments [batch, cols]
+  int32_t* step;   // updates made
+  float* sums;     // of squares of the parameter, one a tile
+  float* scratch;  // adalomo_scratch() floats
+  int64_t batch, rows, cols, numel, param_id, factored;
+};
+
+struct AdaArgs {
+  float lr, weight_decay, eps_square, eps_rms, clip_threshold, clip_value;
+  uint64_t seed;
+  const float* inv_scale;
+  const float* clip_coef;
+  float* found_inf;      // set to 1 when the update is not made
+  const float* skip;     // not 0: it is not made
+  const float* weights;  // of the first, second, ... update
+  int64_t weights_count;
+};
+
+int64_t adalomo_scratch(int64_t batch, int64_t rows, int64_t cols, bool factored);
+
 // The scalars of a step on one device: one float each, in one piece of memory.
 enum Decision {
   kInvScale,
@@ -85,6 +112,9 @@ Status lomo_update(const TensorRef*, int64_t count, DType param, DType grad, Rou
                    const UpdateArgs&, int threads);
 Status grad_sumsq(const GradRef*, int64_t count, DType grad, const SumsqArgs&, int threads);
 Status decide(const DecideArgs&);
+Status adalomo_update(const AdaRef*, int64_t count, DType param, DType grad, Rounding,
+                      const AdaArgs&, int threads);
+Status adalomo_sums(const AdaRef&, DType param, int threads);
 
 // The loops are compiled for several instruction sets; the best one this processor has is used.
 const char* instruction_set();
@@ -99,6 +129,9 @@ Status lomo_update(const TensorRef*, int64_t count, DType param, DType grad, Rou
 Status grad_sumsq(const GradRef*, int64_t count, DType grad, const SumsqArgs&, int device,
                   void* stream);
 Status decide(const DecideArgs&, int device, void* stream);
+Status adalomo_update(const AdaRef*, int64_t count, DType param, DType grad, Rounding,
+                      const AdaArgs&, int device, void* stream);
+Status adalomo_sums(const AdaRef&, DType param, int device, void* stream);
 }  // namespace cuda
 
 }  // namespace lomo

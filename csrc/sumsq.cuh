@@ -7,25 +7,51 @@
 namespace lomo::cuda {
 
 constexpr int kLanesPerThread = kNormLanes / kThreads;
-static_assert(kLanesPerThread == 8 && kThreads == 256, "add_lanes() is written for these");
+static_assert(kLanesPerThread == 8 && kThreads == 256, "the sums are written for these");
 
 // One block a chunk.
 __host__ __device__ inline int64_t blocks_of(const GradRef& t) {
   return t.numel <= kNormChunk ? 1 : (t.numel + kNormChunk - 1) / kNormChunk;
 }
 
-// Adds neighbours in pairs over all lanes of the block. Thread 0 has the sum. Adding across a warp
-// with xor gives both partners left + right or right + left: the same bits.
-__device__ __forceinline__ float add_lanes(const float (&lane)[kLanesPerThread]) {
-  float sum =
-      ((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7]));
+// Adds neighbours in pairs: over a warp, over the threads of the block,
+// over eight lanes of each of them. Adding across a warp with xor gives both partners left +
+// right or right + left: the same bits.
+__device__ __forceinline__ float add_warp(float sum) {
 #pragma unroll
   for (int distance = 1; distance < 32; distance *= 2)
     sum = sum + __shfl_xor_sync(0xffffffffu, sum, distance);
+  return sum;
+}
+
+__device__ __forceinline__ float add_eight(const float (&lane)[8]) {
+  return ((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7]));
+}
+
+// All threads have the sum.
+__device__ __forceinline__ float add_threads(float sum) {
+  sum = add_warp(sum);
   __shared__ float warp[kThreads / 32];
   if (threadIdx.x % 32 == 0) warp[threadIdx.x / 32] = sum;
   __syncthreads();
-  return ((warp[0] + warp[1]) + (warp[2] + warp[3])) + ((warp[4] + warp[5]) + (warp[6] + warp[7]));
+  return add_eight(warp);
+}
+
+__device__ __forceinline__ float add_lanes(const float (&lane)[kLanesPerThread]) {
+  return add_threads(add_eight(lane));
+}
+
+// The sum of a tensor's chunks.
+__device__ __forceinline__ float add_partials(const float* partials, int64_t chunks) {
+  float lane[kLanesPerThread] = {};
+  for (int64_t row = 0; row < chunks; row += kNormLanes) {
+#pragma unroll
+    for (int i = 0; i < kLanesPerThread; ++i) {
+      const int64_t at = row + threadIdx.x * kLanesPerThread + i;
+      lane[i] = lane[i] + (at < chunks ? partials[at] : 0.0f);
+    }
+  }
+  return add_lanes(lane);
 }
 
 template <typename G, int kCapacity>
@@ -78,17 +104,8 @@ template <int kCapacity>
 __global__ void __launch_bounds__(kThreads)
     sum_partials_kernel(const __grid_constant__ Table<GradRef, kCapacity> table,
                         const float* partials, float* sumsq) {
-  const int64_t first = table.first_block[blockIdx.x];
-  const int64_t chunks = blocks_of(table.item[blockIdx.x]);
-  float lane[kLanesPerThread] = {};
-  for (int64_t row = 0; row < chunks; row += kNormLanes) {
-#pragma unroll
-    for (int i = 0; i < kLanesPerThread; ++i) {
-      const int64_t at = row + threadIdx.x * kLanesPerThread + i;
-      lane[i] = lane[i] + (at < chunks ? partials[first + at] : 0.0f);
-    }
-  }
-  const float sum = add_lanes(lane);
+  const float* own = partials + table.first_block[blockIdx.x];
+  const float sum = add_partials(own, blocks_of(table.item[blockIdx.x]));
   if (threadIdx.x == 0) sumsq[blockIdx.x] = sum;
 }
 

@@ -55,15 +55,18 @@ struct Vector {
       word[k / 2] = k & 1 ? word[k / 2] | bits << 16 : bits & 0xffff;
   }
 
-  // __ldcs: each byte is read once, so it should be the first to leave the cache.
+  // __ldcs: bytes that are read for the last time should be the first to leave the cache.
+  template <bool kLast = true>
   __device__ __forceinline__ void load(const void* from) {
     if constexpr (kBytes == 8) {
-      const uint2 v = __ldcs(static_cast<const uint2*>(from));
+      auto* at = static_cast<const uint2*>(from);
+      const uint2 v = kLast ? __ldcs(at) : *at;
       word[0] = v.x, word[1] = v.y;
     } else {
 #pragma unroll
       for (int i = 0; i < kBytes / 16; ++i) {
-        const uint4 v = __ldcs(static_cast<const uint4*>(from) + i);
+        auto* at = static_cast<const uint4*>(from) + i;
+        const uint4 v = kLast ? __ldcs(at) : *at;
         word[4 * i] = v.x, word[4 * i + 1] = v.y, word[4 * i + 2] = v.z, word[4 * i + 3] = v.w;
       }
     }

@@ -26,36 +26,56 @@ LOMO_HD float greater(float x, float limit) {
 #endif
 }
 
-// p <- p * decay - lr * (clamp(g * inv_scale) * clip_coef). Every operation rounds once: the build
-// forbids contraction into fused multiply-adds, so that all backends agree in every bit.
-struct UpdateRule {
-  float lr, decay, inv_scale, clip_value, clip_coef;
+// Of a gradient as it is stored to the one that is used. Every operation, here and below, rounds
+// once: the build forbids contraction into fused multiply-adds, so that all backends agree in every
+// bit.
+struct Clipping {
+  float inv_scale, clip_value, clip_coef;
 
-  LOMO_HD float operator()(float p, float g) const {
+  LOMO_HD float operator()(float g) const {
     g = greater(smaller(g * inv_scale, clip_value), -clip_value);
-    g = g * clip_coef;
-    return p * decay - lr * g;
+    return g * clip_coef;
   }
 };
 
-LOMO_HD UpdateRule rule_of(const UpdateArgs& args) {
-  return {args.lr, args.decay, args.inv_scale ? *args.inv_scale : 1.0f, args.clip_value,
-          args.clip_coef ? *args.clip_coef : 1.0f};
+LOMO_HD Clipping clipping_of(const float* inv_scale, float clip_value, const float* clip_coef) {
+  return {inv_scale ? *inv_scale : 1.0f, clip_value, clip_coef ? *clip_coef : 1.0f};
 }
 
-// The next bits of one stored element whose gradient is finite. `random` is read by
-// Rounding::stochastic alone, `low` by Rounding::split alone.
-template <typename P, typename G, Rounding R>
-LOMO_HD typename P::Bits update_finite(uint32_t p, uint32_t g, int16_t& low, uint32_t random,
-                                       const UpdateRule& rule) {
+// p <- p * decay - lr * (clamp(g * inv_scale) * clip_coef)
+struct UpdateRule {
+  float lr, decay;
+  Clipping clip;
+
+  LOMO_HD float operator()(float p, float g) const { return p * decay - lr * clip(g); }
+};
+
+LOMO_HD UpdateRule rule_of(const UpdateArgs& args) {
+  return {args.lr, args.decay, clipping_of(args.inv_scale, args.clip_value, args.clip_coef)};
+}
+
+// A stored parameter as a float, and a float as the next bits of a stored parameter. `random` is
+// read by Rounding::stochastic alone, `low` read and written by Rounding::split alone.
+template <typename P, Rounding R>
+LOMO_HD float master_of(uint32_t p, int16_t low) {
+  return R == Rounding::split ? merge(p, low) : P::load(p);
+}
+
+template <typename P, Rounding R>
+LOMO_HD typename P::Bits stored(float master, int16_t& low, uint32_t random) {
   if constexpr (R == Rounding::split) {
-    const float master = rule(merge(p, low), G::load(g));
     low = split_low(master);
     return split_high(master);
   } else {
-    const float next = rule(P::load(p), G::load(g));
-    return R == Rounding::stochastic ? P::stochastic(next, random) : P::nearest(next);
+    return R == Rounding::stochastic ? P::stochastic(master, random) : P::nearest(master);
   }
+}
+
+// The next bits of one stored element whose gradient is finite.
+template <typename P, typename G, Rounding R>
+LOMO_HD typename P::Bits update_finite(uint32_t p, uint32_t g, int16_t& low, uint32_t random,
+                                       const UpdateRule& rule) {
+  return stored<P, R>(rule(master_of<P, R>(p, low), G::load(g)), low, random);
 }
 
 // Updates one stored element and says whether its gradient was finite; if not, the element keeps

@@ -1,7 +1,7 @@
 """Full-parameter fine-tuning in the memory of the weights."""
 
 from . import ops
-from .optim import Lomo, LossScale
+from .optim import AdaLomo, Lomo, LossScale
 
-__all__ = ["Lomo", "LossScale", "ops"]
+__all__ = ["AdaLomo", "Lomo", "LossScale", "ops"]
 __version__ = "0.1.0"

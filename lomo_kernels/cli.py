@@ -53,9 +53,14 @@ def _add_finetune_options(tune):
     add("--train", "file of examples: .jsonl with prompt and completion (or text), or plain text")
     add("--held-out", "file of examples for the score; without it a tenth of --train")
     add("--out", "folder for checkpoints and the model; an interrupted run goes on there")
-    add("--optimizer", "lomo, sgd or adamw")
+    add("--optimizer", "lomo, adalomo, sgd or adamw")
     add("--compare", "other optimizers on the same data, e.g. sgd,adamw or sgd=0.1,adamw=3e-5")
-    add("--lr", "largest learning rate; by default 0.1 for lomo and sgd, 1e-4 for adamw", float)
+    add(
+        "--lr",
+        "largest learning rate; by default "
+        + ", ".join(f"{lr:g} for {name}" for name, lr in finetune.OPTIMIZERS.items()),
+        float,
+    )
     add("--schedule", "linear, cosine or constant")
     add("--warmup", "fraction of the steps in which the learning rate rises", float)
     add(
@@ -68,7 +73,10 @@ def _add_finetune_options(tune):
     add("--length", "tokens of an example at most", int)
     add("--clip-grad-norm", "largest gradient norm; 0 switches clipping off", float)
     add("--norm", "global: one norm of all gradients; tensor: each tensor's own")
-    add("--strategy", "how lomo updates: auto, one_backward, two_backward, partial or immediate")
+    add(
+        "--strategy",
+        "how lomo and adalomo update: auto, one_backward, two_backward, partial or immediate",
+    )
     add("--clip-grad-value", "largest absolute value of a gradient element", float)
     add("--weight-decay", "decoupled weight decay", float)
     add(

@@ -91,6 +91,28 @@ def test_cpu_loop(ranges):
     assert found.item() == 1.0
 
 
+def test_cpu_loop_of_adalomo(ranges):
+    """All three sweeps over a matrix of 2^31 + 4096 elements."""
+    rows, cols = 2**19 + 1, 4096
+    p, g = ranges(rows * cols, repeat_until=2**31 - PIECE), ranges(rows * cols)
+    far = [k for k in FAR if k < rows * cols]
+    for k in far:
+        g.elements(k, 1).fill_(1.0)
+    param, grad = (m.elements(0, rows * cols).view(rows, cols) for m in (p, g))
+    state = ops.adalomo_state(param)
+    ops.adalomo_update_(param, grad, state, lr=1.0, backend="native")
+    for k in far:
+        assert p.elements(k, 1).item() < 0.0
+    assert p.elements(rows * cols - 8192, 8192).count_nonzero() == len(far)
+    assert p.elements(0, PIECE // 2).count_nonzero() == 0
+    assert (state["exp_avg_sq_row"] > 1e-6).nonzero().flatten().tolist() == [
+        *sorted({k // cols for k in far})
+    ]
+    assert (state["exp_avg_sq_col"] > 1e-6).nonzero().flatten().tolist() == [
+        *sorted({k % cols for k in far})
+    ]
+
+
 @pytest.mark.parametrize("far", FAR)
 def test_cuda_kernel_bodies(ranges, far):
     """The blocks of a grid of 2^33 elements that hold the far one, and their neighbours."""
@@ -121,6 +143,15 @@ def test_cuda_kernel_bodies(ranges, far):
         )  # fmt: skip
         assert partials.nonzero().flatten().tolist() == [chunk]
         assert partials[chunk] == 1.0
+
+        rows, cols = count // 4096, 4096
+        tile = far // cols // 64 * (cols // 256) + far % cols // 256
+        library.test_only_blocks(tile - 1, tile + 1)
+        sums = torch.zeros(count // native.NORM_CHUNK)
+        row = torch.tensor([g.address, 0, 0, 0, 0, 0, sums.data_ptr(), 0, 1, rows, cols, count]
+                           + [0, 1])  # fmt: skip
+        module.cuda_adalomo_sums(row.data_ptr(), native._C.dtypes["bfloat16"], 0, 0)
+        assert sums.nonzero().flatten().tolist() == [tile]
     finally:
         library.test_only_blocks(0, 2**32 - 1)
 
@@ -161,6 +192,14 @@ def test_triton_kernels(ranges, far, monkeypatch):
     )  # fmt: skip
     assert partials.nonzero().flatten().tolist() == [chunk]
 
+    tile = far // 4096 // 64 * 16 + far % 4096 // 256
+    program(tile)
+    sums = torch.zeros(tile + 2)
+    kernels.ada_sums_kernel[(1,)](
+        first_g, sums, count // 4096, 4096, count, count // 4096 // 64, 16, P="bfloat16"
+    )
+    assert sums.nonzero().flatten().tolist() == [tile]
+
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("backend", ["native", "triton"])
@@ -176,3 +215,8 @@ def test_on_the_gpu(backend):
     sumsq = torch.zeros(1, device="cuda")
     ops.grad_sumsq_(sumsq, g, backend=backend)
     assert sumsq.item() == 1.0
+    p.zero_()
+    matrix, state = p.view(-1, 4096), ops.adalomo_state(p.view(-1, 4096))
+    ops.adalomo_update_(matrix, g.view(-1, 4096), state, lr=1.0, backend=backend)
+    assert p.count_nonzero() == 1
+    assert p[2**31 + 5] < 0.0

@@ -115,6 +115,8 @@ def test_questions_are_learned(tiny, questions, tmp_path):
         ["--checkpointing"],
         ["--schedule", "cosine", "--warmup", 0.3],
         ["--schedule", "constant", "--weight-decay", 0.01],
+        ["--optimizer", "adalomo"],
+        ["--optimizer", "adalomo", "--dtype", "float16", "--loss-scale", "dynamic"],
         ["--optimizer", "sgd"],
         ["--optimizer", "adamw"],
         ["--backend", "reference"],
@@ -202,13 +204,15 @@ def test_comparison_measures_what_is_held(tiny, questions, tmp_path, capsys):
     waiting = finetune.run(finetune.Settings(**arguments))
     settings = finetune.Settings(**arguments, strategy="two_backward")
     report = finetune.run(settings)
-    reports = finetune.compare(settings, report, ["sgd", "adamw=1e-3"])
+    reports = finetune.compare(settings, report, ["sgd", "adamw=1e-3", "adalomo"])
     sizes = [4 * p.numel() for p in huggingface.load(tiny)[0].parameters()]
-    lomo, sgd, adamw = reports
+    lomo, sgd, adamw, adalomo = reports
     assert lomo.gradient_bytes == max(sizes)
     # A tied weight may keep the factors of one use beside the gradient of the other.
     assert max(sizes) < waiting.gradient_bytes <= 1.1 * sum(sizes)
     assert lomo.state_bytes == 0
+    assert adalomo.gradient_bytes == lomo.gradient_bytes
+    assert 0 < adalomo.state_bytes < 0.2 * sum(sizes)  # rows and columns of small matrices
     assert sgd.gradient_bytes == adamw.gradient_bytes == sum(sizes)
     assert sgd.state_bytes == 0
     assert adamw.state_bytes == 2 * sum(sizes) + 4 * len(sizes)  # moments, and a step count each
@@ -329,7 +333,7 @@ GOOD = '{"prompt": "a", "completion": "b"}\n'
         (["--epochs", "nan"], "epochs must be a number greater than 0, got nan"),
         (["--batch-size", "0"], "batch_size must be a whole number above 0, got 0"),
         (["--length", "1"], "length must be a whole number above 1, got 1"),
-        (["--optimizer", "adam"], "optimizer must be one of ['lomo', 'sgd', 'adamw'], got 'adam'"),
+        (["--optimizer", "adam"], "optimizer must be one of ['lomo', 'adalomo', 'sgd', 'adamw'], got"),
         (["--schedule", "step"], "schedule must be one of ('linear', 'cosine', 'constant'), got"),
         (["--dtype", "int8"], "dtype must be one of ('float32', 'bfloat16', 'float16'), got"),
         (["--rounding", "up"], "rounding must be 'auto' or one of"),

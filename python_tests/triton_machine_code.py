@@ -25,6 +25,12 @@ SCALARS = {
     "clip_coef_ptr": "*fp32", "found_inf_ptr": "*fp32", "skip_ptr": "*fp32", "rows_ptr": "*i64",
     "d_ptr": "*fp32", "sumsq_ptr": "*fp32", "found_ptr": "*fp32", "count": "i32", "flags": "i32",
     "max_norm": "fp32", "min_scale": "fp32",
+    **dict.fromkeys(
+        ("row_ptr", "col_ptr", "new_row_ptr", "new_col_ptr", "means_ptr", "norms_ptr", "sums_ptr",
+         "scalars_ptr", "weights_ptr", "row_parts_ptr", "col_parts_ptr"), "*fp32",
+    ),
+    "step_ptr": "*i32", "weights_count": "i32", "rows": "i32", "cols": "i32", "numel": "i64",
+    "down": "i32", "across": "i32", "eps": "fp32", "shrink": "fp32",
     "tensor_of_block_ptr": "*i64", "partials_ptr": "*fp32", "out_ptr": "*fp32", "low_ptr": "*i16",
 }  # fmt: skip
 
@@ -39,7 +45,10 @@ def compile_kernel(kernel, target, types, num_warps, **constants):
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     # what the launcher finds out at run time: aligned pointers, and sizes that are multiples of 16
     aligned = [
-        n for n in names if n == "n" or (signature[n].startswith("*") and n != "partials_ptr")
+        name
+        for name in names
+        if name in ("n", "rows", "cols", "numel")
+        or (signature[name].startswith("*") and name != "partials_ptr")
     ]
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
@@ -74,6 +83,25 @@ def cases(target):
             8 if target.backend == "cuda" else 4, G=dtype, LEVELS=11,
             ROWS=reference.NORM_CHUNK // reference.NORM_LANES,
         )  # fmt: skip
+    for dtype, roundings in (
+        ("bfloat16", ("nearest", "stochastic", "split")), ("float16", ("stochastic",)),
+        ("float32", ("nearest",)),
+    ):  # fmt: skip
+        types, warps = {"g_ptr": pointer(dtype)}, 8 if target.backend == "cuda" else 4
+        yield (
+            f"ada_stats-{dtype}",
+            compile_kernel(kernels.ada_stats_kernel, target, types, warps, G=dtype),
+        )
+        yield (
+            f"ada_norm-{dtype}",
+            compile_kernel(kernels.ada_norm_kernel, target, types, warps, G=dtype, FACTORED=True),
+        )
+        for rounding in roundings:
+            low = {} if rounding == "split" else {"low_ptr": None}
+            yield f"ada_update-{dtype}-{rounding}", compile_kernel(
+                kernels.ada_update_kernel, target, types | {"p_ptr": pointer(dtype)}, warps,
+                P=dtype, G=dtype, ROUNDING=rounding, GROUPED=True, FACTORED=True, **low,
+            )  # fmt: skip
     yield "decide", compile_kernel(
         kernels.decide_kernel, target, {}, 4, CLIP=True, GROWTH=2.0, BACKOFF=0.5, INTERVAL=2000,
         LEVELS=8,

@@ -14,7 +14,7 @@ import torch
 
 from ..integrations import huggingface
 from ..memory import HeldBytes, state_bytes
-from ..optim import Lomo
+from ..optim import AdaLomo, Lomo
 from . import checkpoint, data
 from .display import Display
 from .scoring import Score, score
@@ -30,7 +30,8 @@ __all__ = [
     "run",
 ]
 
-OPTIMIZERS = {"lomo": 0.1, "sgd": 0.1, "adamw": 1e-4}  # default learning rates
+OPTIMIZERS = {"lomo": 0.1, "adalomo": 1e-3, "sgd": 0.1, "adamw": 1e-4}  # default learning rates
+OURS = {"lomo": Lomo, "adalomo": AdaLomo}
 DEFAULT_STEPS = 32  # on the default data: about five minutes on two CPU cores
 SCHEDULES = ("linear", "cosine", "constant")
 
@@ -245,7 +246,7 @@ class _Job:
         progress["gradients"] = max(progress["gradients"], self.held.peak, waiting)
         progress["states"] = max(progress["states"], state_bytes(self.optimizer))
         tokens = int(batch["attention_mask"].sum())
-        scale = self.optimizer.loss_scale if isinstance(self.optimizer, Lomo) else None
+        scale = self.optimizer.loss_scale if self.settings.optimizer in OURS else None
         show(step + 1, value, norm, tokens / seconds, scale, progress["skipped"])
 
     def _examples(self, step):
@@ -279,7 +280,7 @@ class _Job:
         progress = self.progress
         last = progress["losses"][-max(1, len(progress["losses"]) // 10) :]
         name = self.settings.optimizer
-        if name == "lomo" and self.settings.strategy != "auto":
+        if name in OURS and self.settings.strategy != "auto":
             name += f" ({self.settings.strategy})"
         return Report(
             optimizer=f"{name}, lr {self.settings.lr:g}",
@@ -315,8 +316,8 @@ def _read_report(path):
 
 
 def _optimizer(settings, model):
-    if settings.optimizer == "lomo":
-        return Lomo(
+    if settings.optimizer in OURS:
+        return OURS[settings.optimizer](
             model,
             lr=settings.lr,
             clip_grad_norm=settings.clip_grad_norm,
@@ -336,7 +337,7 @@ def _optimizer(settings, model):
 
 def _update(optimizer, params, loss, settings):
     """One step -> (gradient norm or None, whether the step was skipped)."""
-    if isinstance(optimizer, Lomo):
+    if settings.optimizer in OURS:
         optimizer.backward(loss)
         return optimizer.last_grad_norm, optimizer.last_step_skipped
     loss.backward()

@@ -1,24 +1,33 @@
 """Operations on one tensor, or on a list of tensors, at a time.
 
-`lomo_update_`, `grad_sumsq_` and `decide_` are the contract that every backend keeps: this module
-checks the arguments, chooses the backend and tells autograd what was written. Backends, in order of
-preference: `native` (C++ and CUDA), `triton`, `reference` (plain PyTorch).
+`lomo_update_`, `adalomo_update_`, `grad_sumsq_` and `decide_` are the contract that every backend
+keeps: this package checks the arguments, chooses the backend and tells autograd what was written.
+Backends, in order of preference: `native` (C++ and CUDA), `triton`, `reference` (plain PyTorch).
 """
 
-import ctypes
-import functools
-import importlib
 import math
 from collections import defaultdict
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from . import checks
+from .adalomo import (
+    adalomo_state,
+    adalomo_sums_,
+    adalomo_update_,
+)
+from .backends import BACKENDS, build_info, pick_backend, unavailable
+from .checks import DTYPES, ROUNDINGS
 
 __all__ = [
     "BACKENDS",
     "DECISIONS",
     "DTYPES",
     "ROUNDINGS",
+    "adalomo_state",
+    "adalomo_sums_",
+    "adalomo_update_",
+    "build_info",
     "decide_",
     "grad_sumsq_",
     "lomo_update_",
@@ -26,57 +35,11 @@ __all__ = [
     "unavailable",
 ]
 
-BACKENDS = ("native", "triton", "reference")
-ROUNDINGS = ("nearest", "stochastic", "split")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Elements of the tensor that `decide_` works on.
 DECISIONS = (
     "inv_scale", "clip_coef", "found_inf", "skip", "total_norm", "grad_scale", "growth_tracker",
     "stuck",
 )  # fmt: skip
-
-
-def unavailable(name, device):
-    """Why the backend `name` cannot run on `device`; None: it can."""
-    try:
-        backend = importlib.import_module(f"{__name__}.{name}")
-    except ImportError as error:
-        return str(error)
-    return backend.unavailable(torch.device(device))
-
-
-def build_info():
-    """What the extension module was built with: compilers, instruction set, architectures.
-
-    Raises:
-        ImportError: it was not built.
-    """
-    from .native import build_info
-
-    return build_info()
-
-
-@functools.lru_cache
-def pick_backend(device, name="auto"):
-    """The module that runs the operations on `device`.
-
-    Args:
-        device: a torch.device.
-        name: one of `BACKENDS`, which then runs or raises; "auto" takes the first that can.
-
-    Raises:
-        ValueError: an unknown name.
-        RuntimeError: the named backend cannot run there; the message says why.
-    """
-    if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got {name!r}")
-    reasons = {}
-    for candidate in BACKENDS if name == "auto" else (name,):
-        reason = unavailable(candidate, device)
-        if reason is None:
-            return importlib.import_module(f"{__name__}.{candidate}")
-        reasons[candidate] = reason
-    raise RuntimeError(f"backend {name!r} cannot run on {device}: {reasons}")
 
 
 def lomo_update_(
@@ -140,44 +103,31 @@ def lomo_update_(
         param_ids = (0 if param_id is None else param_id,)
     else:
         params = list(param)
-        grads = _as_list("grad", grad, len(params))
-        lows = _as_list("low", low, len(params), [None] * len(params))
-        offsets = _as_list("offset", offset, len(params), [0] * len(params))
-        param_ids = _as_list("param_id", param_id, len(params), range(len(params)))
+        grads = checks.as_list("grad", grad, len(params))
+        lows = checks.as_list("low", low, len(params), [None] * len(params))
+        offsets = checks.as_list("offset", offset, len(params), [0] * len(params))
+        param_ids = checks.as_list("param_id", param_id, len(params), range(len(params)))
 
-    _check_number("lr", lr, 0)
-    _check_number("weight_decay", weight_decay, 0)
-    _check_integer("seed", seed, 2**64)
-    _check_integer("step", step, 2**32)
-    if clip_value is None:
-        clip_value = math.inf
-    elif not (isinstance(clip_value, (float, int)) and clip_value > 0):
-        raise ValueError(f"clip_value must be a number greater than 0, got {clip_value!r}")
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"rounding must be one of {ROUNDINGS}, got {rounding!r}")
+    clip_value = checks.check_options(lr, weight_decay, clip_value, rounding, seed)
+    checks.check_integer("step", step, 2**32)
     if not params:
         return
-    _check_tensor("param", params[0])
+    checks.check_tensor("param", params[0])
     device = params[0].device
-    _check_scalar("inv_scale", inv_scale, device)
-    _check_scalar("clip_coef", clip_coef, device)
-    _check_scalar("found_inf", found_inf, device)
-    _check_scalar("skip", skip, device)
-    if skip is not None and found_inf is not None and skip.data_ptr() == found_inf.data_ptr():
-        raise ValueError("skip and found_inf must be two tensors, got the same one twice")
+    checks.check_scalars(device, inv_scale, clip_coef, found_inf, skip)
 
     groups = {}
     for p, g, low, offset, param_id in zip(params, grads, lows, offsets, param_ids):
-        _check_pair(p, g, device)
-        _check_integer("offset", offset, 2**63)
-        _check_integer("param_id", param_id, 2**32)
+        checks.check_pair(p, g, device)
+        checks.check_integer("offset", offset, 2**63)
+        checks.check_integer("param_id", param_id, 2**32)
         rule = rounding
         if p.dtype is torch.float32:
             rule = "nearest"
         elif rule == "split":
-            _check_low(low, p)
+            checks.check_low(low, p)
         if not (p.is_contiguous() and g.is_contiguous()):
-            g = _in_layout_of(p, g)
+            g = checks.in_layout_of(p, g)
         key = (p.dtype, g.dtype, rule)
         groups.setdefault(key, []).append((p, g, low, offset, param_id))
 
@@ -185,9 +135,9 @@ def lomo_update_(
     for (_, _, rule), rows in groups.items():
         run(
             *zip(*rows),
-            lr=_float32(lr),
-            decay=_float32(1.0 - lr * weight_decay),
-            clip_value=_float32(clip_value),
+            lr=checks.float32(lr),
+            decay=checks.float32(1.0 - lr * weight_decay),
+            clip_value=clip_value,
             step=step,
             seed=seed,
             rounding=rule,
@@ -220,19 +170,19 @@ def grad_sumsq_(sumsq, grad, *, inv_scale=None, found_inf=None, backend="auto"):
         RuntimeError: the backend cannot run on grad's device, or its kernel failed.
     """
     grads = [grad] if isinstance(grad, torch.Tensor) else list(grad)
-    _check_floats("sumsq", sumsq)
+    checks.check_floats("sumsq", sumsq)
     if sumsq.numel() != len(grads):
         raise ValueError(
             f"sumsq must have one element per gradient ({len(grads)}), got {sumsq.numel()}"
         )
-    _check_scalar("inv_scale", inv_scale, sumsq.device)
-    _check_scalar("found_inf", found_inf, sumsq.device)
+    checks.check_scalar("inv_scale", inv_scale, sumsq.device)
+    checks.check_scalar("found_inf", found_inf, sumsq.device)
     groups = defaultdict(list)
     for k, g in enumerate(grads):
-        _check_tensor("grad", g)
+        checks.check_tensor("grad", g)
         if g.device != sumsq.device:
             raise ValueError(f"grad must be on sumsq's device {sumsq.device}, got {g.device}")
-        dense = g if _is_dense(g) else g.contiguous()
+        dense = g if checks.is_dense(g) else g.contiguous()
         groups[g.dtype].append((k, dense))
 
     run = pick_backend(sumsq.device, backend).grad_sumsq_
@@ -293,11 +243,11 @@ def decide_(
         TypeError, ValueError: which argument, what was wanted, what came; nothing was written.
         RuntimeError: the backend cannot run on decisions' device, or its kernel failed.
     """
-    _check_floats("decisions", decisions)
+    checks.check_floats("decisions", decisions)
     device = decisions.device
     for name, tensor in (("sumsq", sumsq), ("found_inf", found_inf), ("out", out)):
         if tensor is not None:
-            _check_floats(name, tensor)
+            checks.check_floats(name, tensor)
             if tensor.device != device:
                 raise ValueError(
                     f"{name} must be on decisions' device {device}, got {tensor.device}"
@@ -320,147 +270,16 @@ def decide_(
     ):
         if not (isinstance(value, (float, int)) and low < value < high):
             raise ValueError(f"{name} must be a number between {low} and {high}, got {value!r}")
-    _check_integer("growth_interval", growth_interval, 2**24 + 1)
+    checks.check_integer("growth_interval", growth_interval, 2**24 + 1)
     pick_backend(device, backend).decide_(
         decisions,
         sumsq,
         found_inf,
         out,
-        max_norm=0.0 if max_norm is None else _float32(max_norm),
-        min_scale=_float32(min_scale),
+        max_norm=0.0 if max_norm is None else checks.float32(max_norm),
+        min_scale=checks.float32(min_scale),
         growth_factor=float(growth_factor),
         backoff_factor=float(backoff_factor),
         growth_interval=growth_interval,
     )
     torch.autograd.graph.increment_version([t for t in (decisions, out) if t is not None])
-
-
-def _check_floats(name, value):
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if value.dtype is not torch.float32 or not value.is_contiguous():
-        raise TypeError(
-            f"{name} must be contiguous float32, got {value.dtype} with strides {value.stride()}"
-        )
-
-
-def _as_list(name, value, length, default=None):
-    if value is None and default is not None:
-        return default
-    if isinstance(value, torch.Tensor) or not hasattr(value, "__len__"):
-        raise TypeError(f"{name} must be a sequence where param is, got {type(value).__name__}")
-    if len(value) != length:
-        raise ValueError(f"{name} must have param's length {length}, got {len(value)}")
-    return value
-
-
-def _check_number(name, value, minimum):
-    if not isinstance(value, (float, int)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not minimum <= value < math.inf:
-        raise ValueError(f"{name} must be finite and at least {minimum}, got {value}")
-
-
-def _check_integer(name, value, end):
-    if not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if not 0 <= value < end:
-        raise ValueError(f"{name} must be in [0, {end}), got {value}")
-
-
-def _float32(value):
-    return ctypes.c_float(value).value
-
-
-def _check_scalar(name, value, device):
-    if value is None:
-        return
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(
-            f"{name} must be a one-element float32 tensor or None, got {type(value).__name__}"
-        )
-    if value.dtype is not torch.float32 or value.numel() != 1:
-        raise TypeError(
-            f"{name} must be a one-element float32 tensor, got {tuple(value.shape)} {value.dtype}"
-        )
-    if device is not None and value.device != device:
-        raise ValueError(f"{name} must be on param's device {device}, got {value.device}")
-
-
-def _check_tensor(name, tensor):
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.layout is not torch.strided:
-        raise TypeError(f"{name} must be dense, got layout {tensor.layout}")
-    if tensor.dtype not in DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) and (
-        is_traceable_wrapper_subclass(tensor)
-    ):
-        raise TypeError(
-            f"{name} must be a plain tensor, got {type(tensor).__name__}; "
-            "a DTensor's own part is its to_local()"
-        )
-
-
-def _check_pair(param, grad, device):
-    _check_tensor("param", param)
-    _check_tensor("grad", grad)
-    if param.device != device:
-        raise ValueError(f"param must all be on one device {device}, got {param.device}")
-    if grad.device != device:
-        raise ValueError(f"grad must be on param's device {device}, got {grad.device}")
-    if grad.shape != param.shape:
-        raise ValueError(
-            f"grad must have param's shape {tuple(param.shape)}, got {tuple(grad.shape)}"
-        )
-    if grad.dtype is not param.dtype and torch.float32 not in (grad.dtype, param.dtype):
-        raise TypeError(f"grad must be {param.dtype} as param is, or float32, got {grad.dtype}")
-    if param.is_inference():
-        raise ValueError("param must not be an inference tensor: autograd cannot see it change")
-
-
-def _check_low(low, param):
-    if param.dtype is not torch.bfloat16:
-        raise TypeError(f"rounding 'split' needs a bfloat16 or float32 param, got {param.dtype}")
-    if not isinstance(low, torch.Tensor) or low.dtype is not torch.int16:
-        got = low.dtype if isinstance(low, torch.Tensor) else type(low).__name__
-        raise TypeError(f"low must be an int16 tensor for rounding 'split', got {got}")
-    if low.shape != param.shape or low.device != param.device:
-        raise ValueError(
-            f"low must have param's shape {tuple(param.shape)} on {param.device}, "
-            f"got {tuple(low.shape)} on {low.device}"
-        )
-    if not _same_layout(low, param):
-        raise ValueError(f"low must have param's strides {param.stride()}, got {low.stride()}")
-
-
-def _same_layout(a, b):
-    """Whether two tensors of one shape keep their elements in one memory order."""
-    return (a.is_contiguous() and b.is_contiguous()) or all(
-        x == y for x, y, size in zip(a.stride(), b.stride(), a.shape) if size > 1
-    )
-
-
-def _is_dense(tensor):
-    """Whether the elements fill a piece of memory without gaps, in whichever order."""
-    if tensor.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
-
-
-def _in_layout_of(param, grad):
-    if not _is_dense(param):
-        raise ValueError(
-            f"param must fill its memory without gaps, got shape {tuple(param.shape)} "
-            f"with strides {param.stride()}"
-        )
-    if _same_layout(param, grad):
-        return grad
-    return torch.empty_like(param, dtype=grad.dtype).copy_(grad)

@@ -101,3 +101,45 @@ def decide_(
         _numel(found_inf), max_norm, min_scale, growth_factor, backoff_factor, growth_interval,
         *where,
     )  # fmt: skip
+
+
+def _row_of(item, scratch):
+    """csrc/kernels.h, AdaRef"""
+    tiles, row = item.tiles, item.row if item.tiles.factored else item.full
+    return (
+        item.param.data_ptr(), item.grad.data_ptr(), _address(item.low), _address(row),
+        _address(item.col), item.step.data_ptr(), item.sums.data_ptr(), scratch,
+        tiles.batch, tiles.rows, tiles.cols, item.param.numel(), item.param_id, tiles.factored,
+    )  # fmt: skip
+
+
+def adalomo_update_(
+    items, *, lr, weight_decay, eps, clip_threshold, clip_value, seed, rounding, weights,
+    inv_scale, clip_coef, found_inf, skip,
+):  # fmt: skip
+    # Matrices run one after the other and share their scratch memory.
+    sizes = [_C.adalomo_scratch(*item.tiles) for item in items]
+    shared = max((s for s, item in zip(sizes, items) if item.tiles.factored), default=0)
+    own = sum(s for s, item in zip(sizes, items) if not item.tiles.factored)
+    scratch = weights.new_empty(shared + own)
+    rows, place = array("q"), scratch.data_ptr() + 4 * shared
+    for item, size in zip(items, sizes):
+        factored = item.tiles.factored
+        rows.extend(_row_of(item, scratch.data_ptr() if factored else place))
+        place += 0 if factored else 4 * size
+    device = weights.device
+    run = _C.cpu_adalomo if device.type == "cpu" else _C.cuda_adalomo
+    run(
+        rows.buffer_info()[0], len(items), _DTYPE[items[0].param.dtype],
+        _DTYPE[items[0].grad.dtype], _ROUNDING[rounding], lr, weight_decay, *eps, clip_threshold,
+        clip_value, seed, _address(inv_scale), _address(clip_coef), _address(found_inf),
+        _address(skip), weights.data_ptr(), len(weights), *_where(device),
+    )  # fmt: skip
+
+
+def adalomo_sums_(sums, param, tiles):
+    row = array("q", [0] * 14)
+    row[0], row[6] = param.data_ptr(), sums.data_ptr()
+    row[8:12] = array("q", [tiles.batch, tiles.rows, tiles.cols, param.numel()])
+    run = _C.cpu_adalomo_sums if sums.device.type == "cpu" else _C.cuda_adalomo_sums
+    run(row.buffer_info()[0], _DTYPE[param.dtype], *_where(sums.device))

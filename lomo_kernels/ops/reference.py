@@ -3,11 +3,15 @@
 Written to be checked by eye. Runs on every device, stops nowhere to ask the host, and is slow.
 """
 
+from typing import NamedTuple
+
 import torch
 
 NORM_LANES = 2048
 NORM_CHUNK = 8 * NORM_LANES
 DECIDE_LANES = 256
+TILE_ROWS, TILE_COLS = 64, 256  # together a NORM_CHUNK
+ADALOMO_LANES = 8
 _LOW_32_BITS = 0xFFFFFFFF
 
 
@@ -32,9 +36,8 @@ def random_bits(numel, offset, seed, step, param_id, device):
     """Sixteen bits for each of the elements [offset, offset + numel) of a parameter, as int64."""
     element = torch.arange(offset, offset + numel, device=device)
     group = element >> 3
-    constant = torch.full_like
     words = philox4x32_10(
-        (group & _LOW_32_BITS, group >> 32, constant(group, step), constant(group, param_id)), seed
+        (group & _LOW_32_BITS, group >> 32, group * 0 + step, group * 0 + param_id), seed
     )
     word = torch.stack(words, 1).gather(1, (element >> 1 & 3).unsqueeze(1)).squeeze(1)
     return word >> 16 * (element & 1) & 0xFFFF
@@ -103,23 +106,34 @@ def lomo_update_(
             if skip is not None:  # an empty gradient has nothing that is not good
                 found_inf.masked_fill_(skip != 0, 1.0)
 
-        if inv_scale is not None:
-            g = g * inv_scale
-        g = g.clamp(-clip_value, clip_value)
-        if clip_coef is not None:
-            g = g * clip_coef
-        master = p.float() if rounding != "split" else merge(p, _flat(low))
+        g = _clipped(g, inv_scale, clip_value, clip_coef)
+        master = _master(p, low, rounding)
         master = master * decay - lr * g
+        _store(master, good, p, low, rounding, offset, seed, step, param_id)
 
-        if rounding == "split":
-            high, rest = split(master)
-            _flat(low).copy_(torch.where(good, rest, _flat(low)))
-        elif rounding == "stochastic":
-            bits = random_bits(p.numel(), offset, seed, step, param_id, p.device)
-            high = round_stochastic(master, p.dtype, bits)
-        else:
-            high = master.to(p.dtype)
-        p.copy_(torch.where(good, high, p))
+
+def _clipped(g, inv_scale, clip_value, clip_coef):
+    if inv_scale is not None:
+        g = g * inv_scale
+    g = g.clamp(-clip_value, clip_value)
+    return g if clip_coef is None else g * clip_coef
+
+
+def _master(p, low, rounding):
+    return merge(p, _flat(low)) if rounding == "split" else p.float()
+
+
+def _store(master, good, p, low, rounding, offset, seed, step, param_id):
+    """Rounds into p (and low) where `good`; what is not good keeps its bits."""
+    if rounding == "split":
+        high, rest = split(master)
+        _flat(low).copy_(torch.where(good, rest, _flat(low)))
+    elif rounding == "stochastic":
+        bits = random_bits(p.numel(), offset, seed, step, param_id, p.device)
+        high = round_stochastic(master, p.dtype, bits)
+    else:
+        high = master.to(p.dtype)
+    p.copy_(torch.where(good, high, p))
 
 
 def _add_in_order(rows):
@@ -147,10 +161,18 @@ def grad_sumsq_(sumsq, grads, *, inv_scale, found_inf):
         if inv_scale is not None:
             g = g * inv_scale
         chunks = _padded(g * g, NORM_CHUNK).view(-1, NORM_CHUNK // NORM_LANES, NORM_LANES)
-        partials = _add_in_order(chunks)
-        if partials.numel() > 1:
-            partials = _add_in_order(_padded(partials, NORM_LANES).view(-1, NORM_LANES))
-        sumsq[k] = partials.view(())
+        sumsq[k] = _total(_add_in_order(chunks))
+
+
+def _total(partials):
+    if partials.numel() > 1:
+        partials = _add_in_order(_padded(partials, NORM_LANES).view(-1, NORM_LANES))
+    return partials.view(())
+
+
+def _root(x):
+    """Rounded once: torch's own fp32 root on a CPU is not always the nearest number."""
+    return x.double().sqrt().float()
 
 
 @torch.no_grad()
@@ -162,7 +184,7 @@ def decide_(
     _, clip_coef, *_, total_norm, scale, tracker, stuck = decisions.unbind()
     if sumsq is not None:
         lanes = _padded(sumsq.double(), DECIDE_LANES).view(-1, DECIDE_LANES)
-        total_norm.copy_(_add_in_order(lanes).float().sqrt())
+        total_norm.copy_(_root(_add_in_order(lanes).float()))
         if max_norm > 0:  # a number divided by a tensor would be its reciprocal times the number
             limit = torch.full_like(total_norm, max_norm)
             clip_coef.copy_((limit / (total_norm + 1e-6)).clamp(max=1.0))
@@ -186,3 +208,126 @@ def decide_(
         stuck = torch.where(found & at_floor, stuck + 1, 0.0)
     one, zero = torch.ones_like(scale), torch.zeros_like(scale)
     out.copy_(torch.stack((one / scale, one, zero, zero, zero, scale, tracker, stuck)))
+
+
+class Tiles(NamedTuple):
+    """How AdaLomo's reductions see a tensor (csrc/adalomo.h, Note [Tiles])."""
+
+    batch: int
+    rows: int
+    cols: int
+    factored: bool
+
+    @classmethod
+    def of(cls, shape):
+        if len(shape) < 2:  # as a matrix whose tiles are chunks of consecutive elements
+            numel = shape[0] if shape else 1
+            return cls(1, -(-numel // TILE_COLS), TILE_COLS, False)
+        *batch, rows, cols = shape
+        return cls(torch.Size(batch).numel(), rows, cols, True)
+
+    @property
+    def count(self):
+        down, across = -(-self.rows // TILE_ROWS), -(-self.cols // TILE_COLS)
+        return max(1, self.batch * down * across)
+
+    def cut(self, flat):
+        """[batch, down, TILE_ROWS, across, TILE_COLS]; what is missing counts as 0."""
+        pad = torch.nn.functional.pad
+        missing = self.batch * self.rows * self.cols - flat.numel()
+        x = pad(flat, (0, missing)).view(self.batch, self.rows, self.cols)
+        x = pad(x, (0, -self.cols % TILE_COLS, 0, -self.rows % TILE_ROWS))
+        across, down = x.shape[2] // TILE_COLS, x.shape[1] // TILE_ROWS
+        return x.view(self.batch, down, TILE_ROWS, across, TILE_COLS)
+
+    def sums(self, flat):
+        """The sum of every tile, in the order of a chunk of grad_sumsq_."""
+        if flat.numel() == 0:
+            return flat.new_zeros(1)
+        tiles = self.cut(flat).transpose(2, 3).reshape(-1, NORM_CHUNK // NORM_LANES, NORM_LANES)
+        return _add_in_order(tiles)
+
+
+def _add_eight(x):
+    """Sums [..., n] in eight lanes: lane l adds elements l, l + 8, ..., then lanes in pairs."""
+    x = torch.nn.functional.pad(x, (0, -x.shape[-1] % ADALOMO_LANES))
+    return _add_in_order(x.view(*x.shape[:-1], -1, ADALOMO_LANES))
+
+
+def _sums_of_squares(x, tiles):
+    """Of each row [batch, rows] and each column [batch, cols] of [batch, rows, cols]."""
+    cut = tiles.cut((x * x).view(-1))
+    rows = _add_in_order(cut.unsqueeze(-2)).transpose(2, 3)  # [batch, down, across, TILE_ROWS]
+    cols = _add_eight(cut.permute(0, 1, 3, 4, 2))  # [batch, down, across, TILE_COLS]
+    rows = _add_eight(rows.transpose(2, 3)).flatten(1)
+    cols = _add_eight(cols.permute(0, 2, 3, 1)).flatten(1)
+    return rows[:, : tiles.rows], cols[:, : tiles.cols]
+
+
+def _mean(rows):
+    """[batch, rows] -> [batch, 1]: 256 at a time in pairs, then the sums in 256 lanes."""
+    pad = torch.nn.functional.pad
+    parts = pad(rows, (0, -rows.shape[1] % TILE_COLS)).view(len(rows), -1, 1, TILE_COLS)
+    parts = _add_in_order(parts)
+    parts = pad(parts, (0, -parts.shape[1] % TILE_COLS)).view(len(rows), -1, TILE_COLS)
+    return (_add_in_order(parts) / torch.full_like(rows[:, 0], rows.shape[1])).unsqueeze(1)
+
+
+def _inverse_root(x):
+    return torch.where(x.isfinite(), 1.0 / _root(x), torch.nan)
+
+
+@torch.no_grad()
+def adalomo_update_(
+    items, *, lr, weight_decay, eps, clip_threshold, clip_value, seed, rounding, weights,
+    inv_scale, clip_coef, found_inf, skip,
+):  # fmt: skip
+    """See `lomo_kernels.ops.adalomo_update_`; numbers are already rounded to fp32."""
+    skipped = torch.zeros_like(weights[0]) if skip is None else skip.view(())
+    for item in items:
+        tiles, p, g = item.tiles, _flat(item.param), _flat(item.grad).float()
+        x = _clipped(torch.where(g.isfinite(), g, torch.nan), inv_scale, clip_value, clip_coef)
+        weight = weights[item.step.clamp(max=len(weights) - 1).long()]
+        old = 1.0 - weight
+        if p.numel() == 0:
+            u, new = x, ()
+        elif tiles.factored:
+            x = x.view(tiles[:3])
+            rows, cols = _sums_of_squares(x, tiles)
+            rows = rows / torch.full_like(rows, tiles.cols)
+            cols = cols / torch.full_like(cols, tiles.rows)
+            rows = item.row.view_as(rows) * old + weight * (rows + eps[0])
+            cols = item.col.view_as(cols) * old + weight * (cols + eps[0])
+            a = _inverse_root(rows / _mean(rows))
+            u = ((x * a.unsqueeze(2)) * _inverse_root(cols).unsqueeze(1)).view(-1)
+            new = ((item.row, rows), (item.col, cols))
+        else:
+            moment = _flat(item.full) * old + weight * (x * x + eps[0])
+            u, new = x * _inverse_root(moment), ((item.full, moment),)
+
+        numel = torch.full_like(weight, max(1, p.numel()))
+        total = _total(tiles.sums(u * u))
+        rms = _root(total / numel)
+        divisor = (rms / torch.full_like(rms, clip_threshold)).clamp(min=1.0)
+        own_lr = lr * _root(_total(item.sums) / numel).clamp(min=eps[1])
+        size, shrink = own_lr / divisor, own_lr * weight_decay
+        finite = total.isfinite() & own_lr.isfinite()
+        good = finite & (skipped == 0)
+        if found_inf is not None:
+            found_inf.masked_fill_(~good, 1.0)
+
+        master = _master(p, item.low, rounding)
+        master = master - (shrink * master + size * u)
+        step = item.step.long()
+        _store(master, good, p, item.low, rounding, 0, seed, step, item.param_id)
+        for moment, value in new:
+            moment.copy_(torch.where(good, value.view_as(moment), moment))
+        item.sums.copy_(torch.where(good, tiles.sums(p.float() * p.float()), item.sums))
+        item.step.add_(good)
+
+
+@torch.no_grad()
+def adalomo_sums_(sums, param, tiles):
+    """See `lomo_kernels.ops.adalomo_sums_`."""
+    p = _flat(param).float()
+    sums.copy_(tiles.sums(p * p))

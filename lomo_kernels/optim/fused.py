@@ -4,7 +4,7 @@ import contextlib
 import logging
 import math
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 
 import torch
 
@@ -40,7 +40,9 @@ class _Step:
 class FusedOptimizer(torch.optim.Optimizer):
     """A torch optimizer whose updates happen inside backward, one parameter at a time.
 
-    Subclasses give `update_param(param, grad, group, param_id, scalars, first_row)`.
+    Subclasses give `update(params, grads, group, param_ids, scalars, first_row)`: of parameters of
+    one group, device and dtype; or of one, of which grads holds the rows from first_row on, unless
+    `whole_gradients` is set.
 
     Note [Strategies]
     A global norm must be known before the first update. Gradients can wait for it, most of them as
@@ -52,6 +54,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     ("immediate") never formed but in blocks, where its weight is used once in the step.
     """
 
+    whole_gradients = False  # whether an update reads its gradient more than once
+
     def __init__(
         self, model_or_params, defaults, *, clip_grad_norm, norm, strategy, factor_budget,
         loss_scale, loss_scale_args, backend,
@@ -59,7 +63,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._ready = False  # the base class adds the first groups before the rest exists
         self.clip_grad_norm = _positive_or_none("clip_grad_norm", clip_grad_norm)
         self._loss_scale = asked(loss_scale, loss_scale_args)
-        self._scale_was_asked = self._loss_scale not in (None, "auto")
+        self._scale_was_asked = self._loss_scale not in (None, "auto")  # and not to be ignored
         if norm not in NORMS:
             raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
         if strategy not in STRATEGIES:
@@ -70,6 +74,11 @@ class FusedOptimizer(torch.optim.Optimizer):
                 raise TypeError(f"factor_budget must be a number of bytes or None, got {got}")
             if factor_budget < 0:
                 raise ValueError(f"factor_budget must be at least 0 bytes, got {factor_budget}")
+        if strategy == "immediate" and self.whole_gradients:
+            raise ValueError(
+                f"strategy 'immediate' forms gradients in blocks alone, and {type(self).__name__} "
+                "needs the whole of each: take another strategy"
+            )
         if strategy == "immediate" and norm == "global" and clip_grad_norm is not None:
             raise ValueError(
                 "strategy 'immediate' updates before a global norm can be known: take another "
@@ -126,6 +135,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise ValueError(f"{key} must be a finite number of at least 0, got {value!r}")
         _positive_or_none("clip_grad_value", group["clip_grad_value"])
+        rounding, seed = group["rounding"], group["seed"]
+        if rounding != "auto" and rounding not in ops.ROUNDINGS:
+            raise ValueError(f"rounding must be 'auto' or one of {ops.ROUNDINGS}, got {rounding!r}")
+        if not isinstance(seed, int) or not 0 <= seed < 2**64:
+            raise ValueError(f"seed must be an integer in [0, 2**64), got {seed!r}")
+        if rounding == "split" and any(p.dtype is torch.float16 for p in group["params"]):
+            raise ValueError("rounding 'split' is for bfloat16 parameters, got float16 ones")
         for param in group["params"]:
             name = self._names.get(id(param), "a parameter")
             refused.sharded(param, name)
@@ -395,6 +411,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         return wanted and self.norm == "global"
 
     @property
+    def _own_norms(self):
+        """Whether each gradient is clipped by its own norm."""
+        return self.clip_grad_norm is not None and self.norm == "tensor"
+
+    @property
     def _immediate(self):
         return self.strategy == "immediate"
 
@@ -608,9 +629,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             backend=self._backend,
         )  # fmt: skip
 
-    def _apply(self, param, grad, clip_coef, first_row=0):
-        group_index, param_id = self._places[id(param)]
-        decisions = self._decisions_on(grad.device)
+    def _apply(self, params, grads, clip_coef, first_row=0):
+        places = [self._places[id(param)] for param in params]
+        decisions = self._decisions_on(grads[0].device)
         skip, found_inf = decisions.next_flags()
         scalars = {
             "inv_scale": decisions.inv_scale,
@@ -618,19 +639,39 @@ class FusedOptimizer(torch.optim.Optimizer):
             "found_inf": found_inf,
             "skip": skip,
         }
-        self.update_param(param, grad, self.param_groups[group_index], param_id, scalars, first_row)
+        group = self.param_groups[places[0][0]]
+        self.update(params, grads, group, [param_id for _, param_id in places], scalars, first_row)
 
     def _apply_pending(self, pending):
         device = pending.tensors[0].device
         coef = self._decisions_on(device).clip_coef
-        if self.clip_grad_norm is not None and self.norm == "tensor":
+        if self._own_norms:
             if self._norms is None:
                 self._norms = SquaredNorms(len(self._places))
             self._measure_pending(pending)
             sumsq = self._norms.slot(device, self._places[id(pending.param)][1])
             coef = self._decisions_on(device).own_coefficient(sumsq, self.clip_grad_norm)
-        for first_row, grad in pending.blocks():
-            self._apply(pending.param, grad, coef, first_row)
+        blocks = ((0, pending.whole()),) if self.whole_gradients else pending.blocks()
+        for first_row, grad in blocks:
+            self._apply([pending.param], [grad], coef, first_row)
+
+    def _apply_together(self, pendings):
+        """Gradients of one group, device and dtype that were held, small ones: few launches."""
+        grads = [pending.grad for pending in pendings]
+        coef = self._decisions_on(grads[0].device).clip_coef
+        self._apply([pending.param for pending in pendings], grads, coef)
+
+    def rounding_of(self, param, group):
+        """How the group stores the parameter, and the int16 halves of it for "split"."""
+        rounding, low = group["rounding"], None
+        if rounding == "auto":
+            rounding = "stochastic" if param.dtype is torch.bfloat16 else "nearest"
+        if rounding == "split" and param.dtype is torch.bfloat16:
+            state = self.state[param]
+            if "low" not in state:
+                state["low"] = torch.zeros_like(param, dtype=torch.int16)
+            low = state["low"]
+        return rounding, low
 
     def _scaling(self):
         """The loss scaling in force: None, a number, or a LossScale."""
@@ -677,13 +718,21 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self._use(param, grad)
         if self._global_norm and not self._step.norm_known:
             self._norm_of_pending()
+        together = defaultdict(list)
         # Newest first: what backward made last lies in caches still.
         while self._step.pending:
             _, pending = self._step.pending.popitem()
             pending.check()
-            self._step.updated.add(id(pending.param))
+            param = pending.param
+            self._step.updated.add(id(param))
             self._step.products[False] += self._immediate
-            self._apply_pending(pending)
+            if param.ndim < 2 and not pending.uses and not self._own_norms:
+                key = (self._places[id(param)][0], pending.grad.device, param.dtype)
+                together[key].append(pending)
+            else:
+                self._apply_pending(pending)
+        for pendings in together.values():
+            self._apply_together(pendings)
 
     @torch.no_grad()
     def _norm_of_pending(self):

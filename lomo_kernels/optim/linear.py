@@ -143,6 +143,21 @@ class Pending:
                     "strategy='two_backward'"
                 )
 
+    def whole(self):
+        """The gradient, formed in fp32 and kept in the weight's dtype (fp16, which may overflow,
+        excepted): one weight's at a time, for updates that read it more than once."""
+        if not self.uses:
+            return self.grad
+        dtype = self.param.dtype
+        whole = torch.empty(
+            self.param.shape,
+            dtype=torch.float32 if dtype is torch.float16 else dtype,
+            device=self.uses[0].right.device,
+        )
+        for first_row, block in self.blocks():
+            whole[first_row : first_row + len(block)] = block
+        return whole
+
     def blocks(self):
         """(first row, rows of the gradient) one after the other, in one workspace."""
         if not self.uses:

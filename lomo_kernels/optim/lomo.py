@@ -1,7 +1,5 @@
 """LOMO: stochastic gradient descent whose gradients never exist all at once."""
 
-import torch
-
 from .. import ops
 from .fused import FusedOptimizer
 
@@ -96,43 +94,28 @@ class Lomo(FusedOptimizer):
             backend=backend,
         )
 
-    def _check_group(self, group):
-        super()._check_group(group)
-        rounding, seed = group["rounding"], group["seed"]
-        if rounding != "auto" and rounding not in ops.ROUNDINGS:
-            raise ValueError(f"rounding must be 'auto' or one of {ops.ROUNDINGS}, got {rounding!r}")
-        if not isinstance(seed, int) or not 0 <= seed < 2**64:
-            raise ValueError(f"seed must be an integer in [0, 2**64), got {seed!r}")
-        if rounding == "split" and any(p.dtype is torch.float16 for p in group["params"]):
-            raise ValueError("rounding 'split' is for bfloat16 parameters, got float16 ones")
-
-    def update_param(self, param, grad, group, param_id, scalars, first_row=0):
-        rounding = group["rounding"]
-        if rounding == "auto":
-            rounding = "stochastic" if param.dtype is torch.bfloat16 else "nearest"
-        low = None
-        if rounding == "split" and param.dtype is torch.bfloat16:
-            state = self.state[param]
-            if "low" not in state:
-                state["low"] = torch.zeros_like(param, dtype=torch.int16)
-            low = state["low"]
-        offset = None
-        if grad.shape != param.shape:  # some rows of it
+    def update(self, params, grads, group, param_ids, scalars, first_row=0):
+        rounding, lows, offsets = None, [], None
+        for param in params:
+            rounding, low = self.rounding_of(param, group)
+            lows.append(low)
+        if grads[0].shape != params[0].shape:  # some rows of it
+            (param,), (grad,), (low,) = params, grads, lows
             rows = slice(first_row, first_row + grad.shape[0])
-            offset = first_row * param.shape[1]
-            param, low = param[rows], None if low is None else low[rows]
+            offsets = [first_row * param.shape[1]]
+            params, lows = [param[rows]], [None if low is None else low[rows]]
         ops.lomo_update_(
-            param,
-            grad,
+            params,
+            grads,
             lr=group["lr"],
             weight_decay=group["weight_decay"],
             clip_value=group["clip_grad_value"],
             rounding=rounding,
-            low=low,
+            low=lows,
             seed=group["seed"],
             step=group["step"],
-            param_id=param_id,
-            offset=offset,
+            param_id=param_ids,
+            offset=offsets,
             backend=self._backend,
             **scalars,
         )

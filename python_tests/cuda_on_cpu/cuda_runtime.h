@@ -126,6 +126,7 @@ inline void run_block(unsigned threads) {
 
 #define threadIdx (shim::machine().thread)
 #define blockIdx (shim::machine().block)
+#define gridDim (shim::machine().grid)
 
 inline void __syncthreads() { shim::wait(shim::State::at_block_barrier); }
 

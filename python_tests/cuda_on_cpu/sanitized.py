@@ -120,6 +120,58 @@ def check_sumsq(dtype, shift):
     assert sumsq(C.cuda_sumsq, (0, 0), grads, dtype) == sumsq(C.cpu_sumsq, (2,), grads, dtype)
 
 
+def adalomo(run, where, tensors, formats, rounding):
+    """tensors: (p, g, low, row, col, step, sums, scratch, batch, rows, cols, numel, id, factored).
+    Returns what is written."""
+    found, inv, coef = (Buffer(struct.pack("f", x)) for x in (0.0, 1 / 512, 0.7))
+    weights = Buffer(struct.pack("2f", 1.0, 0.6))
+    pointers = [[b.address if isinstance(b, Buffer) else b for b in t] for t in tensors]
+    table = array("q", [x for row in pointers for x in row])
+    codes = (C.dtypes[formats[0]], C.dtypes[formats[1]], C.roundings[rounding])
+    options = (0.01, 0.1, 1e-30, 1e-3, 1.0, 0.5, 2**63 + 3)
+    scalars = (inv.address, coef.address, found.address, 0, weights.address, 2)
+    run(table.buffer_info()[0], len(tensors), *codes, *options, *scalars, *where)
+    return [[b.read() for b in t[:7] if isinstance(b, Buffer)] for t in tensors] + [found.read()]
+
+
+SHAPES = ((1, 1, 1), (1, 3, 5), (2, 64, 8), (1, 65, 257), (3, 0, 4), (0, 5, 7), (0,), (1,), (777,))
+
+
+def check_adalomo(param, grad, rounding, shift):
+    data = []
+    for k, shape in enumerate(SHAPES):
+        numel = shape[0] * (shape[1] * shape[2] if len(shape) == 3 else 1)
+        factored = len(shape) == 3
+        batch, rows, cols = shape if factored else (1, -(-numel // 256), 256)
+        # Small numbers, finite in every format
+        p, g = (bytes(random.choice((0, 0x3C)) for _ in range(n)) for n in
+                (numel * WIDTH[param], numel * WIDTH[grad]))  # fmt: skip
+        states = [bytes(4 * batch * n) for n in (rows, cols)] if factored else [bytes(4 * numel)]
+        tiles = max(1, batch * -(-rows // 64) * -(-cols // 256))
+        size = 4 * C.adalomo_scratch(batch, rows, cols, factored)
+        data.append((p, g, bytes(2 * numel), states, tiles, size, batch, rows, cols, numel, k,
+                     int(factored)))  # fmt: skip
+
+    def run(function, sums, where, several):
+        tensors = []
+        for p, g, low, states, tiles, size, *rest in data:
+            state = [Buffer(s) for s in states] + [0] * (2 - len(states))
+            t = [Buffer(p, shift * WIDTH[param]), Buffer(g, shift * WIDTH[grad] % 16),
+                 Buffer(low, 2 * shift) if rounding == "split" else 0, *state, Buffer(bytes(4)),
+                 Buffer(bytes(4 * tiles)), Buffer(bytes(size)), *rest]  # fmt: skip
+            row = array("q", [b.address if isinstance(b, Buffer) else b for b in t])
+            sums(row.buffer_info()[0], C.dtypes[param], *where)
+            tensors.append(t)
+        if several:
+            return adalomo(function, where, tensors, (param, grad), rounding)
+        return [adalomo(function, where, [t], (param, grad), rounding)[0] for t in tensors]
+
+    kernels = run(C.cuda_adalomo, C.cuda_adalomo_sums, (0, 0), True)
+    assert kernels == run(C.cpu_adalomo, C.cpu_adalomo_sums, (2,), True)
+    assert kernels[:-1] == run(C.cuda_adalomo, C.cuda_adalomo_sums, (0, 0), False)
+    assert all(k[-2] == struct.pack("i", 1) for k in kernels[:-1])  # the step was made
+
+
 def check_decide(count, flags, found):
     start = struct.pack("8f", 1 / 64, 1, 0, 0, 0, 64, 2, 0)
     written = []
@@ -145,13 +197,16 @@ def main():
     for case in cases:
         for shift in (0, 1, 5):
             check_update(*case, shift)
+    for case in cases:
+        for shift in (0, 3):
+            check_adalomo(*case, shift)
     for dtype in WIDTH:
         for shift in (0, 3):
             check_sumsq(dtype, shift)
     for count in (0, 1, 255, 256, 257, 1000):
         for flags in (0, 1, 5):
             check_decide(count, flags, float(count % 2))
-    print(f"{3 * len(cases) + 2 * len(WIDTH)} lists of tensors, no error")
+    print(f"{5 * len(cases) + 2 * len(WIDTH)} lists of tensors, no error")
     if "--overrun" in sys.argv:  # proves that an overrun would have been seen
         short = Buffer(bytes(2 * 100))
         tensor = (short, Buffer(bytes(256)), short, 128, 0, 0)

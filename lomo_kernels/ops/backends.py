@@ -1,0 +1,51 @@
+"""Which backend runs on a device, and why another does not."""
+
+import functools
+import importlib
+
+import torch
+
+BACKENDS = ("native", "triton", "reference")
+
+
+def unavailable(name, device):
+    """Why the backend `name` cannot run on `device`; None: it can."""
+    try:
+        backend = importlib.import_module(f"{__package__}.{name}")
+    except ImportError as error:
+        return str(error)
+    return backend.unavailable(torch.device(device))
+
+
+def build_info():
+    """What the extension module was built with: compilers, instruction set, architectures.
+
+    Raises:
+        ImportError: it was not built.
+    """
+    from .native import build_info
+
+    return build_info()
+
+
+@functools.lru_cache
+def pick_backend(device, name="auto"):
+    """The module that runs the operations on `device`.
+
+    Args:
+        device: a torch.device.
+        name: one of `BACKENDS`, which then runs or raises; "auto" takes the first that can.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: the named backend cannot run there; the message says why.
+    """
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got {name!r}")
+    reasons = {}
+    for candidate in BACKENDS if name == "auto" else (name,):
+        reason = unavailable(candidate, device)
+        if reason is None:
+            return importlib.import_module(f"{__package__}.{candidate}")
+        reasons[candidate] = reason
+    raise RuntimeError(f"backend {name!r} cannot run on {device}: {reasons}")

@@ -1,0 +1,165 @@
+"""Checks of arguments: which one, what was wanted, what came."""
+
+import ctypes
+import math
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+ROUNDINGS = ("nearest", "stochastic", "split")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_floats(name, value):
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dtype is not torch.float32 or not value.is_contiguous():
+        raise TypeError(
+            f"{name} must be contiguous float32, got {value.dtype} with strides {value.stride()}"
+        )
+
+
+def as_list(name, value, length, default=None):
+    if value is None and default is not None:
+        return default
+    if isinstance(value, torch.Tensor) or not hasattr(value, "__len__"):
+        raise TypeError(f"{name} must be a sequence where param is, got {type(value).__name__}")
+    if len(value) != length:
+        raise ValueError(f"{name} must have param's length {length}, got {len(value)}")
+    return value
+
+
+def check_number(name, value, minimum):
+    if not isinstance(value, (float, int)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not minimum <= value < math.inf:
+        raise ValueError(f"{name} must be finite and at least {minimum}, got {value}")
+
+
+def check_integer(name, value, end):
+    if not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if not 0 <= value < end:
+        raise ValueError(f"{name} must be in [0, {end}), got {value}")
+
+
+def float32(value):
+    return ctypes.c_float(value).value
+
+
+def check_scalar(name, value, device):
+    if value is None:
+        return
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(
+            f"{name} must be a one-element float32 tensor or None, got {type(value).__name__}"
+        )
+    if value.dtype is not torch.float32 or value.numel() != 1:
+        raise TypeError(
+            f"{name} must be a one-element float32 tensor, got {tuple(value.shape)} {value.dtype}"
+        )
+    if device is not None and value.device != device:
+        raise ValueError(f"{name} must be on param's device {device}, got {value.device}")
+
+
+def check_scalars(device, inv_scale, clip_coef, found_inf, skip):
+    """The scalars of a step that updates read and write."""
+    check_scalar("inv_scale", inv_scale, device)
+    check_scalar("clip_coef", clip_coef, device)
+    check_scalar("found_inf", found_inf, device)
+    check_scalar("skip", skip, device)
+    if skip is not None and found_inf is not None and skip.data_ptr() == found_inf.data_ptr():
+        raise ValueError("skip and found_inf must be two tensors, got the same one twice")
+
+
+def check_options(lr, weight_decay, clip_value, rounding, seed):
+    """What all updates take as Python values; returns clip_value in fp32, infinite for None."""
+    check_number("lr", lr, 0)
+    check_number("weight_decay", weight_decay, 0)
+    check_integer("seed", seed, 2**64)
+    if clip_value is None:
+        clip_value = math.inf
+    elif not (isinstance(clip_value, (float, int)) and clip_value > 0):
+        raise ValueError(f"clip_value must be a number greater than 0, got {clip_value!r}")
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding must be one of {ROUNDINGS}, got {rounding!r}")
+    return float32(clip_value)
+
+
+def check_tensor(name, tensor):
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be dense, got layout {tensor.layout}")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) and (
+        is_traceable_wrapper_subclass(tensor)
+    ):
+        raise TypeError(
+            f"{name} must be a plain tensor, got {type(tensor).__name__}; "
+            "a DTensor's own part is its to_local()"
+        )
+
+
+def check_pair(param, grad, device):
+    check_tensor("param", param)
+    check_tensor("grad", grad)
+    if param.device != device:
+        raise ValueError(f"param must all be on one device {device}, got {param.device}")
+    if grad.device != device:
+        raise ValueError(f"grad must be on param's device {device}, got {grad.device}")
+    if grad.shape != param.shape:
+        raise ValueError(
+            f"grad must have param's shape {tuple(param.shape)}, got {tuple(grad.shape)}"
+        )
+    if grad.dtype is not param.dtype and torch.float32 not in (grad.dtype, param.dtype):
+        raise TypeError(f"grad must be {param.dtype} as param is, or float32, got {grad.dtype}")
+    if param.is_inference():
+        raise ValueError("param must not be an inference tensor: autograd cannot see it change")
+
+
+def check_low(low, param):
+    if param.dtype is not torch.bfloat16:
+        raise TypeError(f"rounding 'split' needs a bfloat16 or float32 param, got {param.dtype}")
+    if not isinstance(low, torch.Tensor) or low.dtype is not torch.int16:
+        got = low.dtype if isinstance(low, torch.Tensor) else type(low).__name__
+        raise TypeError(f"low must be an int16 tensor for rounding 'split', got {got}")
+    if low.shape != param.shape or low.device != param.device:
+        raise ValueError(
+            f"low must have param's shape {tuple(param.shape)} on {param.device}, "
+            f"got {tuple(low.shape)} on {low.device}"
+        )
+    if not same_layout(low, param):
+        raise ValueError(f"low must have param's strides {param.stride()}, got {low.stride()}")
+
+
+def same_layout(a, b):
+    """Whether two tensors of one shape keep their elements in one memory order."""
+    return (a.is_contiguous() and b.is_contiguous()) or all(
+        x == y for x, y, size in zip(a.stride(), b.stride(), a.shape) if size > 1
+    )
+
+
+def is_dense(tensor):
+    """Whether the elements fill a piece of memory without gaps, in whichever order."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def in_layout_of(param, grad):
+    if not is_dense(param):
+        raise ValueError(
+            f"param must fill its memory without gaps, got shape {tuple(param.shape)} "
+            f"with strides {param.stride()}"
+        )
+    if same_layout(param, grad):
+        return grad
+    return torch.empty_like(param, dtype=grad.dtype).copy_(grad)

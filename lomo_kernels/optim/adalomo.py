@@ -1,0 +1,127 @@
+"""AdaLomo: Adafactor's adaptive learning rates in the memory of LOMO."""
+
+from .. import ops
+from ..ops.adalomo import adalomo_weights, check_adalomo
+from .fused import FusedOptimizer
+
+
+class AdaLomo(FusedOptimizer):
+    """Low-memory optimization with adaptive learning rate (Lv et al., arXiv 2310.10195).
+
+    Each gradient is used in a backward hook, as with `Lomo`, by a rule that is Adafactor's: a
+    running mean of the squares of each row and of each column, `ops.adalomo_update_` has the
+    formula. State is 4 bytes for each row and column of a weight matrix: 0.1 % of a 7B model's
+    weights. Driven like `Lomo`, in the same three ways.
+
+    Args:
+        model_or_params: a module, parameters, or param groups (each with its own lr, weight_decay,
+            clip_grad_value, rounding, eps, clip_threshold, decay_rate). Tensors of any rank.
+        lr: learning rate, relative to the root mean square of each parameter.
+        loss_scale: the factor by which `backward`, `fused_backward`, `grad_norm` and `scale`
+            multiply the loss, and the updates divide; a bare `loss.backward()` is neither
+            multiplied nor divided. A number; "dynamic" or a `LossScale`; None or 0.
+        eps: added to squares of gradients; the smallest root mean square of a parameter.
+        clip_threshold: an update with a larger root mean square is scaled down to it.
+        decay_rate: the running means take 1 - t ** decay_rate of what they were, t from 1.
+        clip_grad_norm, clip_grad_value, weight_decay: as in `Lomo`.
+        norm, strategy, factor_budget, rounding, backend, seed: as in `Lomo`, but there is no
+            strategy "immediate": the rule needs the whole gradient of a weight. Where the gradient
+            of a weight waits as factors, it is formed for its update, one at a time.
+
+    Overflow: a gradient that is not finite changes neither its parameter nor its state. With a
+    global norm nothing at all is written in such a step; otherwise nothing after the parameter that
+    met it, in backward order. `last_step_skipped` tells. The kernels never make the host wait.
+
+    `state`, in `state_dict()`: for each parameter "step", and "exp_avg_sq_row" and "exp_avg_sq_col"
+    or "exp_avg_sq", in float32; a resumed run gives the same bits as an uninterrupted one.
+    """
+
+    whole_gradients = True
+
+    def __init__(
+        self,
+        model_or_params,
+        lr=1e-3,
+        loss_scale=2**10,
+        eps=(1e-30, 1e-3),
+        clip_threshold=1.0,
+        decay_rate=-0.8,
+        clip_grad_norm=None,
+        clip_grad_value=None,
+        weight_decay=0.0,
+        *,
+        norm="global",
+        strategy="auto",
+        factor_budget=None,
+        rounding="auto",
+        backend="auto",
+        seed=0,
+    ):
+        defaults = {
+            "lr": lr,
+            "eps": eps,
+            "clip_threshold": clip_threshold,
+            "decay_rate": decay_rate,
+            "weight_decay": weight_decay,
+            "clip_grad_value": clip_grad_value,
+            "rounding": rounding,
+            "seed": seed,
+        }
+        self._sums = {}  # id(param) -> (sums of squares, what they are of)
+        super().__init__(
+            model_or_params,
+            defaults,
+            clip_grad_norm=clip_grad_norm,
+            norm=norm,
+            strategy=strategy,
+            factor_budget=factor_budget,
+            loss_scale=loss_scale or None,
+            loss_scale_args=None,
+            backend=backend,
+        )
+        # The reference's default is a scale, and a bare loss.backward() is no mistake there.
+        self._scale_was_asked = False
+
+    def _check_group(self, group):
+        super()._check_group(group)
+        check_adalomo(group["eps"], group["clip_threshold"], group["decay_rate"])
+        for param in group["params"]:
+            adalomo_weights(param.device, group["decay_rate"])  # made here, not in a captured graph
+
+    def update(self, params, grads, group, param_ids, scalars, first_row=0):
+        rounding, states, lows, sums = None, [], [], []
+        for param in params:
+            rounding, low = self.rounding_of(param, group)
+            state = self.state[param]
+            if "step" not in state:
+                state.update(ops.adalomo_state(param))
+            kept, of = self._sums.get(id(param), (None, None))
+            if of != _identity(param):  # somebody else has written it, or nobody read it yet
+                kept = ops.adalomo_sums_(param, kept, backend=self._backend)
+            states.append(state)
+            lows.append(low)
+            sums.append(kept)
+        ops.adalomo_update_(
+            params,
+            grads,
+            states,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            clip_threshold=group["clip_threshold"],
+            decay_rate=group["decay_rate"],
+            clip_value=group["clip_grad_value"],
+            rounding=rounding,
+            low=lows,
+            seed=group["seed"],
+            param_id=param_ids,
+            sums=sums,
+            backend=self._backend,
+            **scalars,
+        )
+        for param, kept in zip(params, sums):
+            self._sums[id(param)] = (kept, _identity(param))
+
+
+def _identity(param):
+    return param._version, param.data_ptr()
