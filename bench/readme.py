@@ -1,7 +1,7 @@
-"""Draws README's tables from the rows in bench/results.
+"""Draws the tables of README and docs from the rows in bench/results.
 
-python -m bench.readme            writes README.md
-python -m bench.readme --check    fails when it would change it
+python -m bench.readme            writes them
+python -m bench.readme --check    fails when it would change one
 """
 
 import re
@@ -10,15 +10,17 @@ from pathlib import Path
 
 from . import record, strategies
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
 
 
 def _source(rows, name):
-    row = rows[0]
-    return (
-        f"\n{row['device']}; {row['versions']}; commit {row['commit']}, {row['date']} "
-        f"([rows](bench/results/{name}.csv)).\n"
+    origins = dict.fromkeys(
+        f"{r['device']}; {r['versions']}; commit {r['commit']}, {r['date']}" for r in rows
     )
+    return f"\n{'; and '.join(origins)} ([rows]({ROWS}/{name}.csv)).\n"
+
+
+ROWS = "/bench/results"
 
 
 def _table(head, rows):
@@ -65,12 +67,14 @@ def update():
     )
 
 
-def drawn(text):
-    for name, draw in (
-        ("finetune", finetune),
-        ("update", update),
-        ("strategies", strategies.table),
-    ):
+PAGES = {
+    "README.md": {"finetune": finetune, "update": update, "strategies": strategies.table},
+    "docs/strategies.md": {"strategies": strategies.whole_table},
+}
+
+
+def drawn(text, tables):
+    for name, draw in tables.items():
         pattern = rf"(<!-- table {name}: begin -->\n).*?(<!-- table {name}: end -->)"
         text, count = re.subn(
             pattern, lambda m, draw=draw: m[1] + draw() + m[2], text, flags=re.DOTALL
@@ -80,11 +84,13 @@ def drawn(text):
 
 
 def main():
-    text = README.read_text()
-    new = drawn(text)
-    if "--check" in sys.argv:
-        return 0 if new == text else "README.md is not what bench/results gives: run bench.readme"
-    README.write_text(new)
+    for name, tables in PAGES.items():
+        page = ROOT / name
+        text = page.read_text()
+        new = drawn(text, tables)
+        if "--check" in sys.argv and new != text:
+            return f"{name} is not what bench/results gives: run python -m bench.readme"
+        page.write_text(new)
     return 0
 
 

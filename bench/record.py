@@ -56,10 +56,10 @@ def context():
 
 
 def write(name, rows):
-    """Replaces bench/results/NAME.csv."""
+    """Replaces bench/results/NAME.csv; rows that were read from there keep their context."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.csv"
-    rows = [{**row, **context()} for row in rows]
+    rows = [row if "commit" in row else {**row, **context()} for row in rows]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()

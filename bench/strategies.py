@@ -1,18 +1,20 @@
-"""What the ways to clip cost on Llama models, computed by the optimizer's own rules, as rows.
+"""What the ways to clip cost on Llama models, as rows: operations and peak bytes of a step.
 
     python -m bench.strategies
 
-Nothing is run: operations and bytes follow from the shapes of a model. On a small Llama that is
-run, python_tests/test_strategies.py finds the same of both.
+Operations and what waits follow from the shapes of a model by the optimizer's own rules, peaks from
+a step on the meta device (bench/peaks.py). On a small Llama that is run, with numbers,
+python_tests/test_strategies.py finds the same of all three. About six minutes.
 """
 
 from typing import NamedTuple
 
 from lomo_kernels.optim import linear
 
-from . import record
+from . import peaks, record
 
 STRATEGIES = ("none", "one_backward", "two_backward", "partial")
+PEAKS = (*STRATEGIES, "held")  # the last: all gradients are kept, as torch's optimizers need
 TOKENS = (128, 512, 2048, 8192)
 
 
@@ -221,6 +223,7 @@ def rows_of(name, itemsize=2):
                 "waiting_bytes_one_backward": waiting(shape, every, tokens, itemsize),
                 "waiting_bytes_partial": waiting(shape, some, tokens, itemsize),
                 "gradient_bytes": parameters(shape) * itemsize,
+                **{f"peak_bytes_{s}": peaks.peak(shape, tokens, checkpointing, s) for s in PEAKS},
                 "auto": auto(shape, tokens, checkpointing, itemsize),
             }
 
@@ -228,38 +231,51 @@ def rows_of(name, itemsize=2):
 def _drawn(rows):
     from .readme import _table  # which may import this module
 
+    def cell(row, strategy):
+        gib = f"{int(row[f'peak_bytes_{strategy}']) / 2**30:.1f} GiB"
+        cost = row.get(f"relative_{strategy}")
+        return gib if cost is None else f"{float(cost):.2f}x, {gib}"
+
     body = [
         [
             r["model"],
-            str(r["tokens"]),
+            r["tokens"],
             r["checkpointing"],
-            *(f"{float(r[f'relative_{s}']):.2f}" for s in STRATEGIES[1:]),
-            f"{int(r['waiting_bytes_one_backward']) / 2**30:.2f}",
-            f"{int(r['gradient_bytes']) / 2**30:.2f}",
+            *(cell(r, s) for s in PEAKS),
+            f"{int(r['waiting_bytes_one_backward']) / 2**30:.2f} GiB",
             r["auto"],
         ]
         for r in rows
     ]
-    head = ["model", "tokens", "checkpointing", *STRATEGIES[1:]]
-    return _table([*head, "one_backward waits, GiB", "gradients, GiB", "auto picks"], body)
+    names = ("unclipped", *STRATEGIES[1:], "gradients kept")
+    head = ["model", "tokens", "checkpointing", *names, "one_backward waits", "auto picks"]
+    return _table(head, body)
+
+
+def _described(rows):
+    from .readme import _source
+
+    return (
+        "Matrix products of a step, attention's included, relative to the same step unclipped, and "
+        "its peak memory, weights included; bf16, one sequence.\n\n"
+        + _drawn(rows)
+        + _source(rows, "strategies")
+    )
 
 
 def table():
     """For README, from the rows."""
-    from .readme import _source
-
     rows = record.read("strategies")
-    some = [r for r in rows if r["model"] in ("LLaMA-7B", "Llama-3-8B")]
-    return (
-        "Matrix products of a step, attention's included, relative to the same step unclipped; "
-        "bf16, one sequence; computed.\n\n" + _drawn(some) + _source(rows, "strategies")
-    )
+    return _described([r for r in rows if r["model"] in ("LLaMA-7B", "Llama-3-8B")])
+
+
+def whole_table():
+    """All models."""
+    return _described(record.read("strategies"))
 
 
 def main():
-    rows = [row for name in MODELS for row in rows_of(name)]
-    print(_drawn(rows))
-    print(record.write("strategies", rows))
+    print(record.write("strategies", [row for name in MODELS for row in rows_of(name)]))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,6 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 VOCABULARY = 40
@@ -78,24 +75,6 @@ def snapshot(model):
 
 def same(model, parameters):
     return all(torch.equal(p, q) for p, q in zip(model.parameters(), parameters, strict=True))
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of all storages alive, and their peak, seen at every operation."""
-
-    def __init__(self):
-        super().__init__()
-        self.storages, self.peak = {}, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.storages = {k: v for k, v in self.storages.items() if not v[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
-        return result
 
 
 def _addmm_flops(out, a, b, out_shape=None, **factors):

@@ -333,7 +333,7 @@ GOOD = '{"prompt": "a", "completion": "b"}\n'
         (["--epochs", "nan"], "epochs must be a number greater than 0, got nan"),
         (["--batch-size", "0"], "batch_size must be a whole number above 0, got 0"),
         (["--length", "1"], "length must be a whole number above 1, got 1"),
-        (["--optimizer", "adam"], "optimizer must be one of ['lomo', 'adalomo', 'sgd', 'adamw'], got"),
+        (["--optimizer", "adam"], "optimizer must be one of ['lomo', 'adalomo', 'sgd', 'adamw']"),
         (["--schedule", "step"], "schedule must be one of ('linear', 'cosine', 'constant'), got"),
         (["--dtype", "int8"], "dtype must be one of ('float32', 'bfloat16', 'float16'), got"),
         (["--rounding", "up"], "rounding must be 'auto' or one of"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import strategies
+from bench import peaks, strategies
 from lomo_kernels import Lomo
 from lomo_kernels.optim import linear
 
@@ -81,6 +81,26 @@ def test_auto(checkpointing, tokens):
     assert optimizer.explain().startswith(f"strategy {picked}: ")
 
 
+WIDE = strategies.Shape(hidden=256, inner=640, layers=5, heads=4, kv_heads=2, vocabulary=1024)
+
+
+# 40 tokens: factors; 160: most matrices' gradients are smaller.
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("tokens", [40, 160])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("strategy", strategies.PEAKS)
+def test_peaks_on_meta_are_those_of_a_real_step(strategy, checkpointing, tokens):
+    computed = peaks.peak(WIDE, tokens, checkpointing, strategy, torch.float32)
+    model = peaks.build(WIDE, checkpointing, torch.float32, "cpu")
+    ids = torch.randint(WIDE.vocabulary, (1, tokens))
+    step = torch.Tensor.backward if strategy == "held" else peaks.lomo(model, strategy).backward
+    measured = peaks.step_peak(model, ids, step)
+    assert measured == pytest.approx(computed, rel=0.01)
+    if strategy == "one_backward" and not checkpointing and tokens == 40:
+        unclipped = peaks.peak(WIDE, tokens, checkpointing, "none", torch.float32)
+        assert computed <= 1.01 * unclipped  # factors take the room of activations
+
+
 def test_parameters_are_those_of_the_model():
     assert strategies.parameters(SHAPE) == sum(p.numel() for p in build(False).parameters())
     counts = [strategies.parameters(shape) for shape in strategies.MODELS.values()]
@@ -90,4 +110,6 @@ def test_parameters_are_those_of_the_model():
 def test_the_table_is_of_two_models():
     lines = [line for line in strategies.table().splitlines() if line.startswith("| L")]
     assert len(lines) == 2 * len(strategies.TOKENS) * 2
+    every = [line for line in strategies.whole_table().splitlines() if line.startswith("| L")]
+    assert set(lines) < set(every)
     assert len({line.count("|") for line in lines}) == 1

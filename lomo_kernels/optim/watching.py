@@ -205,13 +205,18 @@ def _plain(x, weight):
         type(x) in (torch.Tensor, torch.nn.Parameter, _Watched)
         and x.layout is torch.strided
         and x.device == weight.device
-        and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
+        and (x.dtype == weight.dtype or _autocasts(x.device.type))
         and x.is_floating_point()
     )
 
 
+def _autocasts(device_type):
+    """Whether autocast is on, also for the meta device, about which torch cannot be asked."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def _autocast(tensor, device_type):
-    if tensor is None or not torch.is_autocast_enabled(device_type):
+    if tensor is None or not _autocasts(device_type):
         return tensor
     return tensor.to(torch.get_autocast_dtype(device_type))
 
@@ -263,7 +268,7 @@ _PRODUCTS = {F.linear: _linear, torch.addmm: _addmm, F.embedding: _embedding}
 
 
 def _no_autocast(device_type):
-    if torch.is_autocast_enabled(device_type):
+    if _autocasts(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 
