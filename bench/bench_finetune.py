@@ -3,8 +3,8 @@
     python -m bench.bench_finetune [--definitions FOLDER] [--only adalomo]
 
 FOLDER is what `python -m lomo_kernels.finetune.wordnet` wrote; without it only the default data is
-run. Takes about 15 minutes on two CPU cores for each of the two tasks. With --only the rows of other
-runs stay as they are.
+run. Takes about 15 minutes on two CPU cores for each of the two tasks. With --only the rows of
+other runs stay as they are.
 """
 
 import argparse
@@ -14,7 +14,6 @@ from pathlib import Path
 from lomo_kernels import finetune
 
 from . import record
-
 
 # Runs, by the name in their rows; lomo_kernels.finetune has their learning rates.
 RUNS = {

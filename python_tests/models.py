@@ -84,3 +84,44 @@ def _addmm_flops(out, a, b, out_shape=None, **factors):
 # For torch's FlopCounterMode, which does not know the operator by which a CPU forms blocks of a
 # gradient: without this they would be missing.
 FLOPS = {torch.ops.aten.addmm_: _addmm_flops}
+
+
+# -- ways to drive a step: (optimizer, model, step) ----------------------------------------------
+
+
+def with_loop(optimizer, model, step):
+    loss_of(model, step).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def with_scaled_loop(optimizer, model, step):
+    optimizer.scale(loss_of(model, step)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def with_fused_backward(optimizer, model, step):
+    loss = loss_of(model, step)
+    if optimizer.clip_grad_norm is not None and optimizer.norm == "global":
+        optimizer.grad_norm(loss)
+    optimizer.fused_backward(loss, optimizer.param_groups[0]["lr"])
+
+
+def with_backward(optimizer, model, step):
+    optimizer.backward(loss_of(model, step))
+
+
+def with_held_gradients(optimizer, model, step):
+    with optimizer.accumulate():
+        optimizer.scale(loss_of(model, step)).backward()
+    optimizer.step()
+
+
+DRIVERS = {
+    "loop": with_loop,
+    "scaled loop": with_scaled_loop,
+    "fused_backward": with_fused_backward,
+    "backward": with_backward,
+    "held gradients": with_held_gradients,
+}

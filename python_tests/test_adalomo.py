@@ -50,45 +50,7 @@ def adafactor(model, **options):
     )  # fmt: skip
 
 
-def with_loop(optimizer, model, step):
-    models.loss_of(model, step).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def with_scaled_loop(optimizer, model, step):
-    optimizer.scale(models.loss_of(model, step)).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def with_fused_backward(optimizer, model, step):
-    loss = models.loss_of(model, step)
-    if optimizer.clip_grad_norm is not None and optimizer.norm == "global":
-        optimizer.grad_norm(loss)
-    optimizer.fused_backward(loss, LR)
-
-
-def with_backward(optimizer, model, step):
-    optimizer.backward(models.loss_of(model, step))
-
-
-def with_held_gradients(optimizer, model, step):
-    with optimizer.accumulate():
-        models.loss_of(model, step).backward()
-    optimizer.step()
-
-
-DRIVERS = {
-    "loop": with_loop,
-    "scaled loop": with_scaled_loop,
-    "fused_backward": with_fused_backward,
-    "backward": with_backward,
-    "held gradients": with_held_gradients,
-}
-
-
-def train(model, optimizer, steps, driver=with_backward):
+def train(model, optimizer, steps, driver=models.with_backward):
     for step in steps:
         driver(optimizer, model, step)
     return model
@@ -174,7 +136,7 @@ def test_every_way_to_drive_gives_the_same_bits(dtype, options):
     """Scaling by 1024 and back is exact, so even the scaled ways do. Held gradients are of the
     parameter's dtype, as are those formed from factors."""
     results = {}
-    for name, driver in DRIVERS.items():
+    for name, driver in models.DRIVERS.items():
         model = models.build(dtype)
         results[name] = train(model, AdaLomo(model, LR, **options), range(4), driver)
     if options.get("norm") != "tensor" and "clip_grad_norm" in options:
@@ -187,8 +149,8 @@ def test_every_way_to_drive_gives_the_same_bits(dtype, options):
 
 def test_a_bare_loop_scales_nothing_and_divides_nothing():
     a, b = models.build(), models.build()
-    train(a, AdaLomo(a, LR, loss_scale=3.0), range(3), with_loop)
-    train(b, AdaLomo(b, LR, loss_scale=None), range(3), with_loop)
+    train(a, AdaLomo(a, LR, loss_scale=3.0), range(3), models.with_loop)
+    train(b, AdaLomo(b, LR, loss_scale=None), range(3), models.with_loop)
     assert models.same(a, models.snapshot(b))
 
 

@@ -24,35 +24,6 @@ LR = 0.3
 FP32 = 1e-6
 
 
-def with_loop(optimizer, model, step):
-    models.loss_of(model, step).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def with_fused_backward(optimizer, model, step):
-    loss = models.loss_of(model, step)
-    if optimizer.clip_grad_norm is not None and optimizer.norm == "global":
-        optimizer.grad_norm(loss)
-    optimizer.fused_backward(loss, LR)
-
-
-def with_backward(optimizer, model, step):
-    optimizer.backward(models.loss_of(model, step))
-
-
-def with_scaled_loop(optimizer, model, step):
-    optimizer.scale(models.loss_of(model, step)).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def with_held_gradients(optimizer, model, step):
-    with optimizer.accumulate():
-        optimizer.scale(models.loss_of(model, step)).backward()
-    optimizer.step()
-
-
 def sgd_step(model, step, lr=LR, **options):
     """The same step in torch's own parts."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -101,17 +72,10 @@ CONFIGURATIONS = {
         "loss_scale": 1024.0,
     },
 }  # fmt: skip
-DRIVERS = {
-    "loop": with_loop,
-    "scaled loop": with_scaled_loop,
-    "fused_backward": with_fused_backward,
-    "backward": with_backward,
-    "held gradients": with_held_gradients,
-}
 
 
 def drivers_for(options):
-    for name, driver in DRIVERS.items():
+    for name, driver in models.DRIVERS.items():
         one_pass = name in ("loop", "scaled loop")
         if one_pass and options.get("strategy") == "two_backward":
             continue
@@ -183,8 +147,8 @@ def test_lr_of_fused_backward_is_for_every_group():
 def test_parameters_instead_of_a_module():
     by_module, by_parameters = models.build(), models.build()
     first, second = Lomo(by_module, lr=LR), Lomo(by_parameters.parameters(), lr=LR)
-    with_backward(first, by_module, 0)
-    with_backward(second, by_parameters, 0)
+    models.with_backward(first, by_module, 0)
+    models.with_backward(second, by_parameters, 0)
     assert models.same(by_module, models.snapshot(by_parameters))
 
 
@@ -225,7 +189,7 @@ def test_a_group_added_later():
     optimizer = Lomo(model.blocks.parameters(), lr=LR)
     optimizer.add_param_group({"params": model.head.parameters(), "lr": 0.1})
     before = models.snapshot(model)
-    with_loop(optimizer, model, 0)
+    models.with_loop(optimizer, model, 0)
     assert not torch.equal(model.head.weight, before[-1])
     assert torch.equal(model.embedding.weight, before[0])
     assert model.embedding.weight.grad is not None  # nobody's but autograd's
@@ -320,10 +284,10 @@ def test_a_model_with_hooks_can_be_copied_and_saved(tmp_path):
 # -- which parameters ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("driver", [with_loop, with_backward])
+@pytest.mark.parametrize("driver", [models.with_loop, models.with_backward])
 @pytest.mark.parametrize("clip", [None, 0.1])
 def test_frozen_parameters_stay_and_are_taken_up_later(driver, clip):
-    if clip and driver is with_loop:
+    if clip and driver is models.with_loop:
         pytest.skip("backward alone cannot know the global norm")
     model, expected = models.build(), models.build()
     for m in (model, expected):
@@ -349,7 +313,7 @@ def test_a_parameter_without_a_gradient_in_a_step():
         m.spare = nn.Parameter(torch.ones(3))
     optimizer = Lomo(model, lr=LR, clip_grad_norm=0.1, weight_decay=0.1)
     for step in range(2):
-        with_backward(optimizer, model, step)
+        models.with_backward(optimizer, model, step)
         sgd_step(expected, step, clip_grad_norm=0.1, weight_decay=0.1)
     assert torch.equal(model.spare, torch.ones(3))
     assert models.difference(model, expected) < FP32
@@ -358,7 +322,7 @@ def test_a_parameter_without_a_gradient_in_a_step():
 def test_the_norm_forgets_parameters_that_have_no_gradient_any_more():
     model = models.build()
     optimizer = Lomo(model, lr=0.0, clip_grad_norm=1.0)
-    with_backward(optimizer, model, 0)
+    models.with_backward(optimizer, model, 0)
     everything = optimizer.last_grad_norm
     loss = models.loss_of(model, 0).detach() * 0 + model.head.weight.square().sum()
     optimizer.backward(loss)
@@ -614,7 +578,7 @@ def test_a_second_backward_in_one_step_is_refused():
     with pytest.raises(RuntimeError, match="received a second gradient in one step"):
         models.loss_of(model, 1).backward()
     optimizer.zero_grad()
-    with_loop(optimizer, model, 2)
+    models.with_loop(optimizer, model, 2)
 
 
 @pytest.mark.parametrize("clip", [None, 0.1])
@@ -662,7 +626,7 @@ def test_backward_alone_cannot_know_the_global_norm():
         optimizer.fused_backward(models.loss_of(model), LR)
     assert models.same(model, before)
     optimizer.zero_grad()
-    with_backward(optimizer, model, 0)
+    models.with_backward(optimizer, model, 0)
 
 
 def test_a_norm_is_for_one_step():
@@ -694,7 +658,7 @@ def test_a_scale_that_is_asked_for_must_be_used():
         models.loss_of(model).backward()
     assert models.same(model, before)
     optimizer.zero_grad()
-    with_scaled_loop(optimizer, model, 0)
+    models.with_scaled_loop(optimizer, model, 0)
 
 
 def test_step_without_backward_does_nothing():
@@ -704,7 +668,7 @@ def test_step_without_backward_does_nothing():
     optimizer.step()
     optimizer.zero_grad()
     assert optimizer.param_groups[0]["step"] == 0
-    with_backward(optimizer, model, 0)
+    models.with_backward(optimizer, model, 0)
     optimizer.step()
     assert optimizer.param_groups[0]["step"] == 1
     assert not models.same(model, before)
@@ -761,12 +725,12 @@ def spoiled_loss(model, value, at):
 def test_overflow_with_a_global_norm_writes_nothing_at_all(value, at, options):
     model = models.build()
     optimizer = Lomo(model, lr=LR, **options)
-    with_backward(optimizer, model, 0)
+    models.with_backward(optimizer, model, 0)
     before = models.snapshot(model)
     optimizer.backward(spoiled_loss(model, value, at))
     assert optimizer.last_step_skipped
     assert models.same(model, before)
-    with_backward(optimizer, model, 1)
+    models.with_backward(optimizer, model, 1)
     assert not optimizer.last_step_skipped
     assert not models.same(model, before)
 
@@ -794,7 +758,7 @@ def test_overflow_in_one_backward_stops_the_rest(value, options):
     assert not changed["blocks.0.up.weight"]
     assert not changed["embedding.weight"]
     assert all(p.isfinite().all() for p in model.parameters())
-    with_backward(optimizer, model, 1)
+    models.with_backward(optimizer, model, 1)
     assert not optimizer.last_step_skipped
 
 
@@ -807,7 +771,7 @@ def test_an_exception_in_backward_leaves_the_optimizer_usable(options):
     assert all(p.grad is None for p in model.parameters())
     expected = models.build()
     expected.load_state_dict(model.state_dict())
-    with_backward(optimizer, model, 1)
+    models.with_backward(optimizer, model, 1)
     sgd_step(expected, 1, **options)
     assert models.difference(model, expected) < FP32
 
@@ -836,7 +800,7 @@ def test_activation_checkpointing(kind, tied):
     model, expected = models.build(checkpointing=kind, tied=tied), models.build(tied=tied)
     optimizer = Lomo(model, lr=LR)
     for step in range(3):
-        with_backward(optimizer, model, step)
+        models.with_backward(optimizer, model, step)
         sgd_step(expected, step)
     assert models.difference(model, expected) < FP32
 
@@ -845,14 +809,14 @@ def test_activation_checkpointing(kind, tied):
 def test_the_norm_pass_wants_non_reentrant_checkpointing(strategy):
     model, expected = models.build(checkpointing="non-reentrant"), models.build()
     optimizer = Lomo(model, lr=LR, clip_grad_norm=0.1, strategy=strategy)
-    with_backward(optimizer, model, 0)
+    models.with_backward(optimizer, model, 0)
     sgd_step(expected, 0, clip_grad_norm=0.1)
     assert models.difference(model, expected) < FP32
     model = models.build(checkpointing="reentrant")
     optimizer = Lomo(model, lr=LR, clip_grad_norm=0.1, strategy=strategy)
     before = models.snapshot(model)
     with pytest.raises(RuntimeError, match="needs non-reentrant checkpointing"):
-        with_backward(optimizer, model, 0)
+        models.with_backward(optimizer, model, 0)
     assert models.same(model, before)
 
 
@@ -862,7 +826,7 @@ def test_a_weight_shared_by_reentrant_segments_is_refused():
     model.blocks[2] = model.blocks[0]
     optimizer = Lomo(model, lr=LR)
     with pytest.raises(RuntimeError, match=r"blocks.0.* received a second gradient"):
-        with_backward(optimizer, model, 0)
+        models.with_backward(optimizer, model, 0)
 
 
 # -- bad arguments -------------------------------------------------------------------------------
@@ -947,10 +911,10 @@ def test_backend_is_named(backend):
     if (reason := ops.unavailable(backend, "cpu")) is not None:
         pytest.skip(reason)
     optimizer = Lomo(model, lr=LR, backend=backend)
-    with_backward(optimizer, model, 0)
+    models.with_backward(optimizer, model, 0)
     assert optimizer.backend == backend
     expected = models.build()
-    with_backward(Lomo(expected, lr=LR, backend="reference"), expected, 0)
+    models.with_backward(Lomo(expected, lr=LR, backend="reference"), expected, 0)
     assert models.same(model, models.snapshot(expected))
 
 
