@@ -6,7 +6,7 @@ import models
 import pytest
 import torch
 
-from lomo_kernels import Lomo, LossScale
+from lomo_kernels import AdaLomo, Lomo, LossScale
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
@@ -95,6 +95,27 @@ def test_a_resumed_trainer_is_the_uninterrupted_one(tmp_path, rounding):
     resumed = tiny_llama(torch.bfloat16)
     train(
         resumed, Lomo(resumed, lr=LR, rounding=rounding), tmp_path,
+        resume=str(tmp_path / "checkpoint-5"), save_strategy="no",
+    )  # fmt: skip
+    assert models.same(resumed, models.snapshot(whole))
+
+
+def test_trainer_with_adalomo_equals_adafactor(tmp_path):
+    ours, theirs = tiny_llama(), tiny_llama()
+    train(ours, AdaLomo(ours, lr=0.01), tmp_path / "ours", save_strategy="no")
+    adafactor = transformers.Adafactor(theirs.parameters(), lr=0.01, relative_step=False,
+                                       scale_parameter=True)  # fmt: skip
+    train(theirs, adafactor, tmp_path / "theirs", save_strategy="no", max_grad_norm=0.0)
+    assert models.difference(ours, theirs) < 1e-4
+    assert models.difference(ours, tiny_llama()) > 1e-3
+
+
+def test_a_resumed_trainer_with_adalomo_is_the_uninterrupted_one(tmp_path):
+    whole, resumed = tiny_llama(torch.bfloat16), tiny_llama(torch.bfloat16)
+    options = {"lr": 0.05, "clip_grad_norm": 1.0}
+    train(whole, AdaLomo(whole, **options), tmp_path, save_strategy="steps", save_steps=5)
+    train(
+        resumed, AdaLomo(resumed, **options), tmp_path,
         resume=str(tmp_path / "checkpoint-5"), save_strategy="no",
     )  # fmt: skip
     assert models.same(resumed, models.snapshot(whole))
