@@ -2,17 +2,22 @@
 
     python -m bench.strategies
 
-Nothing is run: operations and bytes follow from the shapes of a model. On a small Llama that is
-run, python_tests/test_strategies.py finds the same of both.
+Operations and what waits follow from the shapes of a model; the peak of a step is that of
+lomo_kernels.memory's plan, which runs the step on tensors without data. On a small Llama that is
+really run, python_tests/test_strategies.py finds the same of all three.
 """
 
 from typing import NamedTuple
 
+import transformers
+
+from lomo_kernels.memory.predict import Job, predict
 from lomo_kernels.optim import linear
 
 from . import record
 
 STRATEGIES = ("none", "one_backward", "two_backward", "partial")
+PEAKS = (*STRATEGIES, "immediate")
 TOKENS = (128, 512, 2048, 8192)
 
 
@@ -132,6 +137,30 @@ def auto(shape, tokens, checkpointing, itemsize=2):
     return "one_backward" if within else "partial"
 
 
+def job(strategy, tokens, checkpointing, dtype="bfloat16", device="cuda"):
+    """One step with one sequence; without a norm for "none" and "immediate"."""
+    options = {} if strategy in ("none", "immediate") else {"clip_grad_norm": 1.0}
+    if strategy != "none":
+        options["strategy"] = strategy
+    return Job(
+        "lomo", dtype, 1, tokens, "non_reentrant" if checkpointing else None, "sdpa", device,
+        tuple(options.items()),
+    )  # fmt: skip
+
+
+def config(shape):
+    return transformers.LlamaConfig(
+        hidden_size=shape.hidden, intermediate_size=shape.inner, num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+        vocab_size=shape.vocabulary,
+    )  # fmt: skip
+
+
+def peak(shape, *of_job, **options):
+    """The most bytes alive in a step; `memory.predict.predict`."""
+    return predict(config(shape), job(*of_job, **options)).peak.total
+
+
 # -- operations ------------------------------------------------------------------------------------
 
 
@@ -222,10 +251,16 @@ def rows_of(name, itemsize=2):
                 "waiting_bytes_partial": waiting(shape, some, tokens, itemsize),
                 "gradient_bytes": parameters(shape) * itemsize,
                 "auto": auto(shape, tokens, checkpointing, itemsize),
+                "parameter_bytes": parameters(shape) * itemsize,
+                **{f"peak_bytes_{s}": peak(shape, s, tokens, checkpointing) for s in PEAKS},
             }
 
 
-def _drawn(rows):
+def _gib(row, column):
+    return f"{int(row[column]) / 2**30:.2f}"
+
+
+def drawn(rows):
     from .readme import _table  # which may import this module
 
     body = [
@@ -234,14 +269,22 @@ def _drawn(rows):
             str(r["tokens"]),
             r["checkpointing"],
             *(f"{float(r[f'relative_{s}']):.2f}" for s in STRATEGIES[1:]),
-            f"{int(r['waiting_bytes_one_backward']) / 2**30:.2f}",
-            f"{int(r['gradient_bytes']) / 2**30:.2f}",
+            *(_gib(r, f"peak_bytes_{s}") for s in (*STRATEGIES[1:], "none", "immediate")),
+            _gib(r, "waiting_bytes_one_backward"),
+            _gib(r, "gradient_bytes"),
             r["auto"],
         ]
         for r in rows
     ]
-    head = ["model", "tokens", "checkpointing", *STRATEGIES[1:]]
-    return _table([*head, "one_backward waits, GiB", "gradients, GiB", "auto picks"], body)
+    peaks = [f"{s}: peak, GiB" for s in STRATEGIES[1:]]
+    return _table(
+        [
+            "model", "tokens", "checkpointing", *(f"{s}: operations" for s in STRATEGIES[1:]),
+            *peaks, "unclipped: peak, GiB", "immediate: peak, GiB", "one_backward waits, GiB",
+            "gradients, GiB", "auto picks",
+        ],
+        body,
+    )  # fmt: skip
 
 
 def table():
@@ -251,14 +294,17 @@ def table():
     rows = record.read("strategies")
     some = [r for r in rows if r["model"] in ("LLaMA-7B", "Llama-3-8B")]
     return (
-        "Matrix products of a step, attention's included, relative to the same step unclipped; "
-        "bf16, one sequence; computed.\n\n" + _drawn(some) + _source(rows, "strategies")
+        "Operations: matrix products of a step, attention's included, relative to the same step "
+        "unclipped; peak: all that is alive, parameters included. bf16, one sequence; computed. "
+        "[Also for 13B and 65B](docs/memory.md).\n\n" + drawn(some) + _source(rows, "strategies")
     )
 
 
 def main():
-    rows = [row for name in MODELS for row in rows_of(name)]
-    print(_drawn(rows))
+    rows = []
+    for name in MODELS:
+        rows.extend(rows_of(name))
+        print(drawn(rows[-2 * len(TOKENS) :]), flush=True)
     print(record.write("strategies", rows))
 
 

@@ -7,6 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import strategies
 from lomo_kernels import Lomo
+from lomo_kernels.memory import predict
+from lomo_kernels.memory.timeline import summarise, whole
 from lomo_kernels.optim import linear
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -79,6 +81,29 @@ def test_auto(checkpointing, tokens):
     _, optimizer = measured("auto", tokens, checkpointing)
     picked = strategies.auto(SHAPE, tokens, checkpointing, itemsize=4)
     assert optimizer.explain().startswith(f"strategy {picked}: ")
+
+
+LAYERS = 9  # so many that the plan does not trace all of them
+PEAK_TOLERANCE = 0.001  # scalars that only one of the two makes
+
+
+def alive_at_most(strategy, tokens, checkpointing):
+    """Measured on a model that is there."""
+    job = strategies.job(strategy, tokens, checkpointing, "float32", "cpu")
+    config = strategies.config(SHAPE._replace(layers=LAYERS))
+    model = predict.model_of(config, job)
+    return whole(summarise(predict.record(model, job)).values()).peak.total
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("strategy", "tokens"), [(s, 40) for s in strategies.PEAKS] + [("auto", 8), ("auto", 96)]
+)
+def test_the_peak_of_a_step_is_the_planned_one(strategy, checkpointing, tokens):
+    shape = SHAPE._replace(layers=LAYERS)
+    planned = strategies.peak(shape, strategy, tokens, checkpointing, dtype="float32", device="cpu")
+    measured = alive_at_most(strategy, tokens, checkpointing)
+    assert measured == pytest.approx(planned, rel=PEAK_TOLERANCE)
 
 
 def test_parameters_are_those_of_the_model():

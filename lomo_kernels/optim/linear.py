@@ -48,9 +48,14 @@ def _precise(tensor):
     return tensor if tensor.dtype is torch.float64 else tensor.float()
 
 
+def _mixes(tensor):
+    """Whether its products have an fp32 result without a copy of the factors in fp32."""
+    return tensor.is_cuda and tensor.element_size() == 2 and _HAS_OUT_DTYPE
+
+
 def _matmul(a, b):
     """a @ b with fp32 accumulation and result; exact fp32 inputs on a CPU, where 16-bit is slow."""
-    if a.is_cuda and a.dtype in (torch.float16, torch.bfloat16) and _HAS_OUT_DTYPE:
+    if _mixes(a):
         return torch.mm(a, b, out_dtype=torch.float32)
     return _precise(a) @ _precise(b)
 
@@ -106,7 +111,7 @@ def product(uses, first, last, cols, out=None):
             rows = torch.where(inside, u.left - first, 0)
             right = _precise(u.right.masked_fill(~inside[:, None], 0.0))
             out.index_put_((rows,), right, accumulate=True)  # the same order in every run
-        elif u.right.is_cuda and u.right.dtype is not torch.float32:
+        elif _mixes(u.right):
             part = _matmul(u.left[:, first:last].T, u.right)
             out.add_(part) if beta else out.copy_(part)
         else:
