@@ -33,6 +33,7 @@ DOORS = {
     "deepspeed": {"integrations"},
     "triton": {"ops.triton"},
     "rich": {"finetune", "cli"},
+    "matplotlib": {"memory"},
 }
 
 
