@@ -10,7 +10,7 @@ states      it is in `optimizer.state` after a step
 activations made by forward, the loss included, or by a recomputation of forward in backward; a
             factor that forward made stays here while it waits
 other       the rest: gradients of activations, temporaries of backward and of the step, buffers,
-            the batch
+            the batch, and with FSDP the parameters gathered from other devices
 
 A gradient is nothing special until backward has formed it, so categories are given afterwards: the
 log keeps appearances and disappearances, and is read when the step is over. That, the maximum of
@@ -27,6 +27,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 CATEGORIES = ("parameters", "gradients", "states", "activations", "other")
+_COLLECTIVES = ("fsdp", "c10d", "_c10d_functional")  # operators' namespaces
 ALLOCATION = 512  # CUDA's caching allocator gives out multiples of it
 
 
@@ -70,10 +71,13 @@ class Recorder(TorchDispatchMode):
             self._see(buffer, "other")
         self._see_states()
         self._attach()
+        # No operator, and FSDP frees and fills storages with it.
+        torch.UntypedStorage.resize_ = lambda storage, size: self._resized(storage, size)
         return super().__enter__()
 
     def __exit__(self, *error):
         super().__exit__(*error)
+        del torch.UntypedStorage.resize_  # it is the base class's again
         self._see_states()
         for handle in self._handles:
             handle.remove()
@@ -83,11 +87,13 @@ class Recorder(TorchDispatchMode):
     # -- what torch calls --------------------------------------------------------------------------
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        gathers = function.namespace in _COLLECTIVES
         for value in _tensors((args, (kwargs or {}).values())):
-            self._see(value, None)
+            self._see(value, "gathered" if gathers else None)
         result = function(*args, **(kwargs or {}))
+        made = "activations" if self._forward_runs() and not gathers else "other"
         for value in _tensors((result,)):
-            self._see(value, "activations" if self._forward_runs() else "other")
+            self._see(value, made)
         return result
 
     def _attach(self):
@@ -98,7 +104,9 @@ class Recorder(TorchDispatchMode):
         for param in self._module.parameters():
             if param.requires_grad:
                 attach(param.register_hook(self._on_gradient))
-                attach(param.register_post_accumulate_grad_hook(self._on_accumulated))
+                handle = param.register_post_accumulate_grad_hook(self._on_accumulated)
+                param._post_accumulate_grad_hooks.move_to_end(handle.id, last=False)
+                attach(handle)  # the first, before an optimizer takes the gradient away
         if self._optimizer is not None:
             attach(self._optimizer.register_step_pre_hook(self._step_begins))
             attach(self._optimizer.register_step_post_hook(self._step_ended))
@@ -151,29 +159,40 @@ class Recorder(TorchDispatchMode):
     def _see(self, tensor, category):
         """Notes a tensor's storage; None: it comes from outside, if it was not seen before."""
         if is_traceable_wrapper_subclass(tensor):
-            for name in tensor.__tensor_flatten__()[0]:
-                self._see(getattr(tensor, name), category)
-            return
-        if tensor.layout is not torch.strided or tensor.device != self._device:
-            return
-        storage = tensor.untyped_storage()
+            for part in _tensors(getattr(tensor, n) for n in tensor.__tensor_flatten__()[0]):
+                self._see(part, category)
+        elif tensor.layout is torch.strided and tensor.device == self._device:
+            self._see_storage(tensor.untyped_storage(), category)
+
+    def _see_storage(self, storage, category):
         key, size = storage._cdata, self._bytes(storage)
         index = self._ids.get(key)
         if index is None:
             index = self._ids[key] = len(self.sizes)
             self.sizes.append(size)
-            self.categories.append(category or "other")
+            self.categories.append(category if category in CATEGORIES else "other")
             self._references[key] = weakref.ref(storage, lambda _: self._gone(key))
             self._note(index, size, outside=category is None)
             return
-        if size != self.sizes[index]:  # resize_, as FSDP does
-            self._note(index, size - self.sizes[index])
-            self.sizes[index] = size
+        self._note_size(index, size)
+        current = self.categories[index]
         if category in ("parameters", "gradients", "states"):
-            current = self.categories[index]
             # A factor that forward made is an activation still; a parameter stays one.
             if current == "other" or (current == "activations" and category != "gradients"):
                 self.categories[index] = category
+        elif category == "gathered" and current == "activations":
+            self.categories[index] = "other"
+
+    def _note_size(self, index, size):
+        if size != self.sizes[index]:
+            self._note(index, size - self.sizes[index])
+            self.sizes[index] = size
+
+    def _resized(self, storage, size):
+        result = super(torch.UntypedStorage, storage).resize_(size)
+        if storage.device in (self._device, torch.device("meta")):  # fake ones are on meta
+            self._see_storage(storage, "gathered")
+        return result
 
     def _gone(self, key):
         del self._references[key]
