@@ -144,7 +144,7 @@ def job(strategy, tokens, checkpointing, dtype="bfloat16", device="cuda"):
         options["strategy"] = strategy
     return Job(
         "lomo", dtype, 1, tokens, "non_reentrant" if checkpointing else None, "sdpa", device,
-        tuple(options.items()),
+        options=tuple(options.items()),
     )  # fmt: skip
 
 

@@ -2,6 +2,16 @@
 
 from .held import HeldBytes, state_bytes
 from .measure import Measurement, measure
+from .plan import OPTIMIZERS, Plan, plan
 from .recorder import CATEGORIES
 
-__all__ = ["CATEGORIES", "HeldBytes", "Measurement", "measure", "state_bytes"]
+__all__ = [
+    "CATEGORIES",
+    "OPTIMIZERS",
+    "HeldBytes",
+    "Measurement",
+    "Plan",
+    "measure",
+    "plan",
+    "state_bytes",
+]

@@ -3,6 +3,7 @@
 import torch
 
 from .. import optim
+from .sharded import Release
 
 OPTIMIZERS = ("lomo", "adalomo", "sgd", "sgd-master", "adamw", "adamw-master")
 RELEASING = {"lomo": "Lomo", "adalomo": "AdaLomo"}  # in `optim`: gradients are used in backward
@@ -38,19 +39,25 @@ class MasterCopy(torch.optim.Optimizer):
                 param.copy_(master)
 
 
-def make(name, model, **options):
+def make(name, model, sharded, options):
     """-> (optimizer, step), where `step(loss)` is a step of training after the forward."""
     if (releasing := RELEASING.get(name)) is not None:
-        optimizer = getattr(optim, releasing)(model, **options)
-        return optimizer, _releasing_step(optimizer)
+        if sharded:
+            optimizer = Release(model.parameters())
+        else:
+            optimizer = getattr(optim, releasing)(model, **options)
+
+        def releasing_step(loss):
+            optimizer.backward(loss)
+            optimizer.zero_grad()
+
+        return optimizer, releasing_step
     # A loop over the parameters, on every device: "foreach" needs room for all of them at a time.
-    rules = {
-        "sgd": lambda params: torch.optim.SGD(params, lr=1e-3, foreach=False),
-        "sgd-master": lambda params: MasterCopy(params, torch.optim.SGD, lr=1e-3, foreach=False),
-        "adamw": lambda params: torch.optim.AdamW(params, lr=1e-3, foreach=False),
-        "adamw-master": lambda p: MasterCopy(p, torch.optim.AdamW, lr=1e-3, foreach=False),
-    }
-    optimizer = rules[name](model.parameters())
+    rule = torch.optim.SGD if name.startswith("sgd") else torch.optim.AdamW
+    if name.endswith("-master"):
+        optimizer = MasterCopy(model.parameters(), rule, lr=1e-3, foreach=False)
+    else:
+        optimizer = rule(model.parameters(), lr=1e-3, foreach=False)
 
     def step(loss):
         loss.backward()
@@ -58,11 +65,3 @@ def make(name, model, **options):
         optimizer.zero_grad()
 
     return optimizer, step
-
-
-def _releasing_step(optimizer):
-    def step(loss):
-        optimizer.backward(loss)
-        optimizer.zero_grad()
-
-    return step

@@ -1,11 +1,12 @@
 """The memory of a training step of a transformers model that is not there."""
 
+import contextlib
 from dataclasses import dataclass, replace
 
 import torch
 
 from ..integrations import huggingface
-from . import optimizers
+from . import optimizers, sharded
 from .fake import fake_step
 from .recorder import Recorder
 from .timeline import extended, layer_regions, summarise, whole
@@ -15,7 +16,7 @@ TRACED = 3  # and one more: see Note [More layers]
 
 @dataclass(frozen=True)
 class Job:
-    """A training step: what the memory depends on."""
+    """A training step: what its memory depends on; `plan` says what the fields are."""
 
     optimizer: str = "lomo"
     dtype: str = "bfloat16"
@@ -24,6 +25,7 @@ class Job:
     checkpointing: str | None = None
     attention: str | None = None
     device: str = "cuda"
+    shards: int = 1
     options: tuple = ()  # (name, value) of the optimizer
 
     @property
@@ -122,24 +124,32 @@ def _has_number(name):
 def _would_wait(config, job):
     with fake_step(job.device), huggingface.one_sequence_each():
         model = model_of(config, job)
-        optimizer, _ = optimizers.make(job.optimizer, model, **dict(job.options))
-        _loss(model, job)
+        optimizer, _ = optimizers.make(job.optimizer, model, False, dict(job.options))
+        loss_of(model, job)
         return optimizer.would_wait()
 
 
 def traced(config, job, layers):
     """Summaries of the regions of the step, by Note [More layers]."""
-    with fake_step(job.device), huggingface.one_sequence_each():
-        return summarise(record(model_of(config, job), job), layer_regions(layers))
+    with contextlib.ExitStack() as stack:
+        mesh = None
+        if job.shards > 1:
+            mesh = stack.enter_context(sharded.fake_devices(job.shards))
+        stack.enter_context(fake_step(job.device))
+        stack.enter_context(huggingface.one_sequence_each())
+        model = model_of(config, job)
+        if mesh is not None:
+            sharded.shard(model, mesh)
+        return summarise(record(model, job), layer_regions(layers))
 
 
 def record(model, job):
     """The Recorder of a step of a model, fake or real, that begins with its states in place."""
-    optimizer, step = optimizers.make(job.optimizer, model, **dict(job.options))
+    optimizer, step = optimizers.make(job.optimizer, model, job.shards > 1, dict(job.options))
     while True:
         had_states = bool(optimizer.state)
         with Recorder(model, optimizer) as recorder:
-            step(_loss(model, job))
+            step(loss_of(model, job))
         if had_states or not optimizer.state:
             return recorder
 
@@ -149,7 +159,7 @@ def model_of(config, job):
     return huggingface.from_config(config, dtype, job.checkpointing, job.attention)
 
 
-def _loss(model, job):
+def loss_of(model, job):
     device = next(model.parameters()).device
     tokens = torch.zeros(job.batch, job.sequence, dtype=torch.long, device=device)
     return model(input_ids=tokens, labels=tokens).loss
@@ -163,17 +173,45 @@ def _alike(config, layers):
 
 def parameters(config):
     """How many there are; tied ones once."""
-    with torch.device("meta"):
-        model = huggingface.from_config(config, torch.bfloat16)
-    return sum(param.numel() for param in model.parameters())
+    key = config.to_json_string(use_diff=False)
+    if key not in _COUNTED:
+        with torch.device("meta"):
+            model = huggingface.from_config(config, torch.bfloat16)
+        _COUNTED[key] = sum(param.numel() for param in model.parameters())
+    return _COUNTED[key]
 
 
-def largest(job, name, fits, highest=1 << 20):
-    """The largest value of `batch` or `sequence` for which `fits(job)`; 0 if not even 1 does."""
-    low, high = 0, 1
-    while high <= highest and fits(replace(job, **{name: high})):
-        low, high = high, 2 * high
+_COUNTED = {}  # configuration -> parameters
+
+
+def largest(name, job, needs, memory, highest=1 << 20):
+    """The largest value of `batch` or `sequence` for which `needs(job)` is at most `memory`, at
+    most `highest`; 0 if there is none.
+
+    Bytes grow about linearly, so a straight line through what is known says where to look next;
+    where it is no help, the middle does.
+    """
+    known = {}
+
+    def excess(value):
+        if value not in known:
+            known[value] = needs(replace(job, **{name: value})) - memory
+        return known[value]
+
+    if excess(1) > 0:
+        return 0
+    low, high = 1, max(2, getattr(job, name))
+    while excess(high) <= 0:
+        if high >= highest:
+            return highest
+        low, high = high, min(highest, 4 * high)
+    turn = 0
     while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(replace(job, **{name: middle})) else (low, middle)
+        slope = (excess(high) - excess(low)) / (high - low)
+        guess = low - excess(low) / slope
+        # On either side of the line's answer in turn, so that both ends close in on it.
+        middle = int(guess) + turn % 2 if turn % 4 < 2 else (low + high) // 2
+        middle = min(max(middle, low + 1), high - 1)
+        low, high = (middle, high) if excess(middle) <= 0 else (low, middle)
+        turn += 1
     return low

@@ -9,28 +9,27 @@ from torch import nn
 
 @contextlib.contextmanager
 def fake_devices(count):
-    """A process group whose other members do not exist; their messages never arrive.
+    """A mesh of devices of which only this one exists; the messages of the others never arrive.
 
     Raises:
         RuntimeError: the process has a process group.
     """
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if dist.is_initialized():
         raise RuntimeError("a plan for several devices cannot be made inside a process group")
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
     try:
-        yield
+        yield init_device_mesh("cpu", (count,))
     finally:
         dist.destroy_process_group()
 
 
-def shard(model, count):
+def shard(model, mesh):
     """FSDP2, a unit for each layer and one for the rest, as its tutorial has it."""
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh("cpu", (count,))
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     for layer in max(lists, key=lambda each: sum(p.numel() for p in each.parameters()), default=()):
         fully_shard(layer, mesh=mesh)
