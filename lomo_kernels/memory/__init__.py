@@ -1,5 +1,6 @@
 """Where the memory goes: measured on a real step, and planned without one."""
 
+from . import report
 from .held import HeldBytes, state_bytes
 from .measure import Measurement, measure
 from .plan import OPTIMIZERS, Plan, plan
@@ -13,5 +14,6 @@ __all__ = [
     "Plan",
     "measure",
     "plan",
+    "report",
     "state_bytes",
 ]
