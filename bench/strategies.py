@@ -2,19 +2,22 @@
 
     python -m bench.strategies
 
-Operations and what waits follow from the shapes of a model by the optimizer's own rules, peaks from
-a step on the meta device (bench/peaks.py). On a small Llama that is run, with numbers,
-python_tests/test_strategies.py finds the same of all three. About two minutes.
+Operations and what waits follow from the shapes of a model by the optimizer's own rules; peaks are
+those of lomo_kernels.memory's plan, which runs the step on tensors without data. On a small Llama
+that is really run python_tests/test_strategies.py finds the same of all three.
 """
 
 from typing import NamedTuple
 
+import transformers
+
+from lomo_kernels.memory.predict import Job, predict
 from lomo_kernels.optim import linear
 
-from . import peaks, record
+from . import record
 
 STRATEGIES = ("none", "one_backward", "two_backward", "partial")
-PEAKS = (*STRATEGIES, "held")  # the last: all gradients are kept, as torch's optimizers need
+PEAKS = (*STRATEGIES, "immediate", "sgd")  # the last: torch's, for which gradients are kept
 TOKENS = (128, 512, 2048, 8192)
 
 
@@ -134,6 +137,31 @@ def auto(shape, tokens, checkpointing, itemsize=2):
     return "one_backward" if within else "partial"
 
 
+def job(strategy, tokens, checkpointing, dtype="bfloat16", device="cuda"):
+    """One step with one sequence; without a norm for "none", "immediate" and "sgd"."""
+    unclipped = strategy in ("none", "immediate", "sgd")
+    options = {} if unclipped else {"clip_grad_norm": 1.0}
+    if strategy not in ("none", "sgd"):
+        options["strategy"] = strategy
+    return Job(
+        "sgd" if strategy == "sgd" else "lomo", dtype, 1, tokens,
+        "non_reentrant" if checkpointing else None, "sdpa", device, options=tuple(options.items()),
+    )  # fmt: skip
+
+
+def config(shape):
+    return transformers.LlamaConfig(
+        hidden_size=shape.hidden, intermediate_size=shape.inner, num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+        vocab_size=shape.vocabulary,
+    )  # fmt: skip
+
+
+def peak(shape, *of_job, **options):
+    """The most bytes alive in a step; `memory.predict.predict`."""
+    return predict(config(shape), job(*of_job, **options)).peak.total
+
+
 # -- operations ------------------------------------------------------------------------------------
 
 
@@ -223,7 +251,7 @@ def rows_of(name, itemsize=2):
                 "waiting_bytes_one_backward": waiting(shape, every, tokens, itemsize),
                 "waiting_bytes_partial": waiting(shape, some, tokens, itemsize),
                 "gradient_bytes": parameters(shape) * itemsize,
-                **{f"peak_bytes_{s}": peaks.peak(shape, tokens, checkpointing, s) for s in PEAKS},
+                **{f"peak_bytes_{s}": peak(shape, s, tokens, checkpointing) for s in PEAKS},
                 "auto": auto(shape, tokens, checkpointing, itemsize),
             }
 
@@ -247,7 +275,7 @@ def _drawn(rows):
         ]
         for r in rows
     ]
-    names = ("unclipped", *STRATEGIES[1:], "gradients kept")
+    names = ("unclipped", *STRATEGIES[1:], "immediate, unclipped", "torch's SGD")
     head = ["model", "tokens", "checkpointing", *names, "one_backward waits", "auto picks"]
     return _table(head, body)
 

@@ -1,6 +1,9 @@
-"""`lomo-kernels finetune | doctor`."""
+"""`lomo-kernels finetune | plan | doctor`."""
 
 import argparse
+import contextlib
+import inspect
+import json
 import platform
 import sys
 from dataclasses import fields
@@ -8,7 +11,7 @@ from importlib import metadata
 
 import torch
 
-from . import __version__, finetune, ops
+from . import __version__, finetune, memory, ops
 from .finetune import checkpoint, data
 from .integrations import huggingface
 
@@ -37,6 +40,15 @@ def _parser():
     )
     tune.set_defaults(command=_finetune)
     _add_finetune_options(tune)
+
+    plan = commands.add_parser(
+        "plan",
+        help="what a training step of a model would need, without the model",
+        description="Predicts the memory of a training step, per device, from a model's "
+        "configuration: a real step on tensors without data.",
+    )
+    plan.set_defaults(command=_plan)
+    _add_plan_options(plan)
     return parser
 
 
@@ -95,6 +107,97 @@ def _add_finetune_options(tune):
         "--checkpointing", action="store_true", default=argparse.SUPPRESS,
         help="recompute activations in backward: less memory, a third more time",
     )  # fmt: skip
+
+
+def _add_plan_options(plan):
+    defaults = inspect.signature(memory.plan).parameters
+
+    def add(name, help, type=str, **more):
+        default = defaults[name[2:].replace("-", "_")].default
+        if default is not None and default is not inspect.Parameter.empty:
+            help += f" (default {default})"
+        plan.add_argument(name, help=help, type=type, default=argparse.SUPPRESS, **more)
+
+    names = ", ".join(huggingface.CONFIGS)
+    add("--model", f"a config.json, a folder with one, or {names}", required=True)
+    add("--optimizer", ", ".join(memory.OPTIMIZERS))
+    add("--clip-grad-norm", "of lomo and adalomo; 0 switches it off", float)
+    add("--strategy", "of lomo and adalomo: auto, one_backward, two_backward, partial, immediate")
+    add("--rounding", "of lomo and adalomo: auto, nearest, stochastic or split")
+    add("--dtype", "of the parameters: float32, bfloat16 or float16")
+    add("--batch", "sequences of a step, on each device", int)
+    add("--sequence", "tokens of a sequence", int)
+    plan.add_argument(
+        "--checkpointing", nargs="?", const="non_reentrant", default=argparse.SUPPRESS,
+        help="recompute activations in backward; non_reentrant or reentrant",
+    )  # fmt: skip
+    add("--attention", "eager, sdpa or another of transformers'")
+    add("--devices", "how many share parameters, gradients and states", int)
+    add("--sharding", "none, fsdp2 or zero3; by default fsdp2 for more than one device")
+    add("--device", "cuda or cpu")
+    add("--device-memory", "of each device, e.g. 24GiB: says whether it fits")
+    add("--search", "batch or sequence: finds the largest that fits")
+    plan.add_argument("--json", action="store_true", help="print bytes as json")
+    plan.add_argument("--plot", metavar="FILE", help="draw a bar chart; needs matplotlib")
+
+
+def _plan(options):
+    options = {key: value for key, value in vars(options).items() if key != "command"}
+    as_json, path = options.pop("json"), options.pop("plot")
+    if options.get("clip_grad_norm") == 0:
+        options["clip_grad_norm"] = None
+    try:
+        with _progress() as say:
+            found = memory.plan(**options, progress=say)
+        if path is not None:
+            found.plot(path)
+    except (ValueError, TypeError, RuntimeError, OSError, huggingface.ModelError) as error:
+        return _fail(" ".join(str(error).split()))
+    except ImportError as error:
+        return _fail(error)
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        _show_plan(found)
+    return 1 if found.fits is False else 0
+
+
+@contextlib.contextmanager
+def _progress():
+    """Gives a function that shows what is being done, where there is a terminal to show it on."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda text: None
+        return
+    with console.status("") as status:
+        yield status.update
+
+
+def _show_plan(found):
+    from rich.console import Console
+    from rich.table import Table
+
+    job, size = found.job, memory.report.size
+    where = "each of the devices" if job.shards > 1 else "the device"
+    table = Table(
+        title=f"{found.model}, {found.parameters:,} parameters: {job.optimizer}, {job.dtype}, "
+        f"{job.batch} x {job.sequence} tokens, checkpointing {job.checkpointing or 'no'}",
+        caption=f"on {where}; the peak is in {found.place}",
+    )
+    for column in ("", "at the peak", "highest"):
+        table.add_column(column, justify="left" if column == "" else "right")
+    for category in memory.CATEGORIES:
+        table.add_row(category, size(found.at_peak[category]), size(found.maxima[category]))
+    table.add_section()
+    table.add_row("peak", size(found.peak), "")
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 100
+    console.print(table)
+    for line in (found.verdict(), *found.notes):
+        console.print(line, markup=False)
 
 
 def _loss_scale(text):

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from lomo_kernels import AdaLomo, LossScale, ops
-from lomo_kernels.memory import LiveBytes
 
 LR = 0.02
 BF16, F16 = torch.bfloat16, torch.float16
@@ -346,7 +345,7 @@ def test_one_gradient_at_a_time_exists():
     loss = models.loss_of(model)
     loss.backward()
     sizes = [p.nbytes for p in model.parameters()]
-    with LiveBytes() as live:
+    with models.LiveBytes() as live:
         optimizer.step()
     assert optimizer.last_waiting_bytes > 0
     table = ops.adalomo.adalomo_weights(torch.device("cpu"), -0.8).nbytes

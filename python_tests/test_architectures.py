@@ -3,12 +3,12 @@
 import copy
 import re
 
+import models
 import pytest
 import torch
 from torch import nn
 
 from lomo_kernels import Lomo
-from lomo_kernels.memory import LiveBytes
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -103,7 +103,7 @@ def test_what_waits_takes_the_room_of_activations(length):
         step = torch.Tensor.backward
         if kind == "one_backward":
             step = Lomo(model, lr=LR, clip_grad_norm=CLIP, strategy=kind).backward
-        with LiveBytes() as live:
+        with models.LiveBytes() as live:
             step(loss_of(model, length))
         peaks[kind] = live.peak
     assert peaks["one_backward"] <= 1.01 * peaks["dropped"]

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "ops.native": {"_C"},
     "ops": {"ops.native", "ops.triton", "ops.reference"},
     "optim": {"ops"},
-    "memory": {"optim"},
+    "memory": {"integrations", "optim", "ops"},
     "integrations": {"optim"},
     "finetune": {"integrations", "memory", "optim", "ops"},
     "cli": {"finetune", "integrations", "memory", "optim", "ops", "lomo_kernels"},
@@ -33,6 +33,7 @@ DOORS = {
     "deepspeed": {"integrations"},
     "triton": {"ops.triton"},
     "rich": {"finetune", "cli"},
+    "matplotlib": {"memory"},
 }
 
 

@@ -16,7 +16,6 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lomo_kernels import Lomo, ops
-from lomo_kernels.memory import LiveBytes
 
 LR = 0.3
 # Ours rounds lr * g before the subtraction, torch's SGD fuses the two: one unit in the last place
@@ -520,7 +519,7 @@ def test_the_cost_of_a_hook_does_not_grow_with_the_model():
 def peak_of(backward, model):
     """Peak bytes while `backward(loss)` runs, beyond what is alive before it."""
     loss = models.loss_of(model)
-    with LiveBytes() as live:
+    with models.LiveBytes() as live:
         backward(loss)
     return live.peak
 

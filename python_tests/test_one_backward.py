@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from lomo_kernels import Lomo
-from lomo_kernels.memory import LiveBytes
 from lomo_kernels.optim import fused, linear
 
 LR, CLIP = 0.5, 0.05
@@ -754,7 +753,7 @@ def test_immediate_forms_no_gradient_of_a_weight(monkeypatch):
         model = nn.Linear(64, 1024, bias=False)
         optimizer = Lomo(model, lr=LR, strategy=strategy)
         loss = model(torch.randn(3, 64)).square().mean()
-        with LiveBytes() as live:
+        with models.LiveBytes() as live:
             optimizer.backward(loss)
         # That of the weight itself counts once an operation has returned a view of it.
         made = live.peak - model.weight.nbytes * (strategy == "immediate")

@@ -28,21 +28,25 @@ def test_every_public_name_is_listed(module):
         assert re.search(rf"`(\w+\.)*{name}\b", README), f"{module.__name__}.{name}"
 
 
-def options():
+def options(command):
     parser = cli._parser()
     commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    for action in commands.choices["finetune"]._actions:
+    for action in commands.choices[command]._actions:
         if not isinstance(action, argparse._HelpAction):
             yield action.option_strings[0]
 
 
-def test_every_option_has_a_line_and_a_test():
-    tests = (ROOT / "python_tests" / "test_finetune.py").read_text()
-    for option in options():
+@pytest.mark.parametrize("command", ["finetune", "plan"])
+def test_every_option_has_a_line_and_a_test(command):
+    tests = (ROOT / "python_tests" / f"test_{command}.py").read_text()
+    for option in options(command):
         assert f"`{option}`" in README, option
         assert f'"{option}"' in tests, option
-    for option in re.findall(r"`(--[a-z-]+)`", README):
-        assert option in set(options()), option
+
+
+def test_every_option_that_is_mentioned_is_there():
+    known = {*options("finetune"), *options("plan")}
+    assert set(re.findall(r"`(--[a-z-]+)`", README)) <= known
 
 
 def test_ci_runs_the_command_that_readme_gives():

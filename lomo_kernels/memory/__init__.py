@@ -1,6 +1,19 @@
-"""Where the memory goes: what is held, measured."""
+"""Where the memory goes: measured on a real step, and planned without one."""
 
+from . import report
 from .held import HeldBytes, state_bytes
-from .live import LiveBytes
+from .measure import Measurement, measure
+from .plan import OPTIMIZERS, Plan, plan
+from .recorder import CATEGORIES
 
-__all__ = ["HeldBytes", "LiveBytes", "state_bytes"]
+__all__ = [
+    "CATEGORIES",
+    "OPTIMIZERS",
+    "HeldBytes",
+    "Measurement",
+    "Plan",
+    "measure",
+    "plan",
+    "report",
+    "state_bytes",
+]

@@ -394,6 +394,20 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
         return "\n".join(lines) or f"strategy {self.strategy}: no step was made yet"
 
+    def would_wait(self):
+        """After a forward, for those who plan: (name, bytes, whether beside the room of activations
+        that backward frees) of what each matrix would keep until the norm is known, in the order
+        of their use; bytes of what is not watched, and of the parameters that wait as they are."""
+        listed = [(self._name(p), size, beside) for p, size, beside in self._watch.to_wait()]
+        large = [p for p in self._params() if p.requires_grad and p.ndim > 1]
+        small = [p for p in self._params() if p.requires_grad and p.ndim < 2]
+        others = sum(p.nbytes for p in large if not self._watch.takes(p))
+        return listed, others, sum(p.nbytes for p in small)
+
+    def waiting_tensors(self):
+        """The gradients and factors that wait for the norm now, for those who count memory."""
+        return [t for pending in self._step.pending.values() for t in pending.tensors]
+
     @property
     def loss_scale(self):
         """The factor of the next loss, None without scaling; asks the device if it is dynamic."""
@@ -458,12 +472,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             choice = "one_backward", "gradients of this step wait already"
         else:
             # Without recomputation factors replace activations that backward is freeing.
-            needed, budget = self._watch.bytes_to_wait(), self._budget()
-            needed += sum(
-                p.nbytes
-                for p in self._params()
-                if p.requires_grad and p.ndim > 1 and not self._watch.takes(p)
-            )
+            (listed, needed, _), budget = self.would_wait(), self._budget()
+            needed += sum(size for _, size, beside in listed if beside)
             name, why = "one_backward", f"within the budget of {_mib(budget)}"
             if needed > budget:
                 name = "partial" if self._kept() else "two_backward"

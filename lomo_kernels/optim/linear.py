@@ -48,18 +48,19 @@ def _precise(tensor):
     return tensor if tensor.dtype is torch.float64 else tensor.float()
 
 
-_HAS_OUT_DTYPE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
-
-
-def _is_direct(tensor):
-    """Whether matrices like it multiply into fp32 without a copy in fp32."""
-    on_gpu = tensor.is_cuda and _HAS_OUT_DTYPE
-    return on_gpu and tensor.dtype in (torch.float16, torch.bfloat16)
+def _mixes(tensor):
+    """Whether its products have an fp32 result without a copy of the factors in fp32."""
+    return tensor.is_cuda and tensor.element_size() == 2 and _HAS_OUT_DTYPE
 
 
 def _matmul(a, b):
     """a @ b with fp32 accumulation and result; exact fp32 inputs on a CPU, where 16-bit is slow."""
-    return torch.mm(a, b, out_dtype=torch.float32) if _is_direct(a) else _precise(a) @ _precise(b)
+    if _mixes(a):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return _precise(a) @ _precise(b)
+
+
+_HAS_OUT_DTYPE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
 
 
 def _left_gram(a, b):
@@ -110,7 +111,7 @@ def product(uses, first, last, cols, out=None):
             rows = torch.where(inside, u.left - first, 0)
             right = _precise(u.right.masked_fill(~inside[:, None], 0.0))
             out.index_put_((rows,), right, accumulate=True)  # the same order in every run
-        elif _is_direct(u.right):
+        elif _mixes(u.right):
             part = _matmul(u.left[:, first:last].T, u.right)
             out.add_(part) if beta else out.copy_(part)
         else:

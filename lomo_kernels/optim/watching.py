@@ -19,6 +19,7 @@ from collections import defaultdict
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import ops
 from .linear import use
@@ -66,8 +67,8 @@ class Watch:
 
     def _watch(self, param):
         # Subclasses have reasons of their own (quantised, sharded); not our business.
-        if type(param) is torch.nn.Parameter:
-            param.__class__ = _Watched
+        if (watched := _WATCHED.get(type(param))) is not None:
+            param.__class__ = watched
             _OWNERS[id(param)] = weakref.ref(self)
             self._watched[id(param)] = param
         return id(param) in self._watched
@@ -81,7 +82,7 @@ class Watch:
 
     def unwatch(self):
         for param in self._watched.values():
-            param.__class__ = torch.nn.Parameter
+            param.__class__ = _plain_class(param)
             del _OWNERS[id(param)]
         self._watched.clear()
         self._weights.clear()
@@ -107,10 +108,11 @@ class Watch:
                     yield param, factors - (seen.inputs if alive else 0)
                     alive = True
 
-    def bytes_to_wait(self):
-        """As `waiting`, of what does not take the room of an activation that backward frees."""
-        seen = [(self.seen[id(p)], size) for p, size in self.waiting()]
-        return sum(size for s, size in seen if s.recomputed or s.elsewhere)
+    def to_wait(self):
+        """As `waiting`, and whether it takes room beside that of the activations."""
+        for param, size in self.waiting():
+            seen = self.seen[id(param)]
+            yield param, size, seen.recomputed or seen.elsewhere
 
     def take(self, param, left, right):
         method = self._on_product()
@@ -136,18 +138,18 @@ class Watch:
 _OWNERS = {}  # id of a watched parameter, which its Watch keeps alive -> weak reference to that
 
 
-class _Watched(torch.nn.Parameter):
+class _Watched:
     """See Note [Watched parameters]."""
 
     def __deepcopy__(self, memo):
         copied = super().__deepcopy__(memo)
-        copied.__class__ = torch.nn.Parameter
+        copied.__class__ = _plain_class(self)
         return copied
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func == _READ and type(args[0]) is _Watched:
+        if func == _READ and isinstance(args[0], _Watched):
             _OWNERS[id(args[0])]().read(sys._getframe(1))
         if func in _ENGINE:
             # These run other people's code, so watching goes on inside: they get the places in the
@@ -163,9 +165,25 @@ class _Watched(torch.nn.Parameter):
                 result = func(*args, **kwargs)
                 if any(_differentiable(r) for r in _flat(result)):
                     for param in _flat([*args, *kwargs.values()]):
-                        if type(param) is _Watched and (factors := _factors(param)) is not None:
+                        if isinstance(param, _Watched) and (factors := _factors(param)) is not None:
                             factors.saw_other(param)
             return result
+
+
+class _WatchedParameter(_Watched, torch.nn.Parameter):
+    pass
+
+
+class _WatchedFake(_Watched, FakeTensor):  # under FakeTensorMode parameters have no other class
+    pass
+
+
+_WATCHED = {torch.nn.Parameter: _WatchedParameter, FakeTensor: _WatchedFake}
+_PLAIN = {torch.Tensor, *_WATCHED, *_WATCHED.values()}
+
+
+def _plain_class(param):
+    return next(plain for plain, watched in _WATCHED.items() if type(param) is watched)
 
 
 _READ = torch.Tensor.grad.__get__
@@ -173,7 +191,7 @@ _ENGINE = {torch.autograd.backward, torch.autograd.grad}
 
 
 def _edges(value):
-    if type(value) is _Watched:
+    if isinstance(value, _Watched):
         with torch._C.DisableTorchFunctionSubclass():  # it takes a view, which is no use of it
             return torch.autograd.graph.get_gradient_edge(value)
     return type(value)(map(_edges, value)) if type(value) in (list, tuple) else value
@@ -193,7 +211,7 @@ def _differentiable(value):
 
 def _factors(param):
     """The Watch that takes its factors, or None."""
-    if type(param) is not _Watched:
+    if not isinstance(param, _Watched):
         return None
     watch = _OWNERS[id(param)]()
     return watch if watch is not None and watch.takes(param) else None
@@ -202,21 +220,16 @@ def _factors(param):
 def _plain(x, weight):
     """Whether x times weight is an ordinary product."""
     return (
-        type(x) in (torch.Tensor, torch.nn.Parameter, _Watched)
+        type(x) in _PLAIN
         and x.layout is torch.strided
         and x.device == weight.device
-        and (x.dtype == weight.dtype or _autocasts(x.device.type))
+        and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
         and x.is_floating_point()
     )
 
 
-def _autocasts(device_type):
-    """Whether autocast is on, also for the meta device, about which torch cannot be asked."""
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)
-
-
 def _autocast(tensor, device_type):
-    if tensor is None or not _autocasts(device_type):
+    if tensor is None or not torch.is_autocast_enabled(device_type):
         return tensor
     return tensor.to(torch.get_autocast_dtype(device_type))
 
@@ -225,7 +238,7 @@ def _linear(input, weight, bias=None):
     factors = _factors(weight)
     if factors is None or not _plain(input, weight) or input.ndim == 0:
         return NotImplemented
-    if type(input) is _Watched or type(bias) is _Watched:
+    if isinstance(input, _Watched) or isinstance(bias, _Watched):
         return NotImplemented
     kind = input.device.type
     input = _autocast(input, kind)
@@ -237,9 +250,9 @@ def _linear(input, weight, bias=None):
 
 def _addmm(input, mat1, mat2, *, beta=1, alpha=1, out=None):
     factors = _factors(mat2)
-    if factors is None or not _plain(mat1, mat2) or type(mat1) is _Watched:
+    if factors is None or not _plain(mat1, mat2) or isinstance(mat1, _Watched):
         return NotImplemented
-    if beta != 1 or alpha != 1 or out is not None or input.ndim != 1 or type(input) is _Watched:
+    if beta != 1 or alpha != 1 or out is not None or input.ndim != 1 or isinstance(input, _Watched):
         return NotImplemented
     kind = mat1.device.type
     mat1 = _autocast(mat1, kind)
@@ -254,7 +267,7 @@ def _embedding(
     factors = _factors(weight)
     if factors is None or max_norm is not None or scale_grad_by_freq or sparse:
         return NotImplemented
-    if type(input) is not torch.Tensor:
+    if type(input) not in (torch.Tensor, FakeTensor):
         return NotImplemented
     factors.saw_product(weight, input, input.numel() * weight.shape[1] * weight.element_size())
     if padding_idx is None:
@@ -268,7 +281,7 @@ _PRODUCTS = {F.linear: _linear, torch.addmm: _addmm, F.embedding: _embedding}
 
 
 def _no_autocast(device_type):
-    if _autocasts(device_type):
+    if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 

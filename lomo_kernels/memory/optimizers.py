@@ -1,0 +1,67 @@
+"""The optimizers that a plan compares, and how each takes a step."""
+
+import torch
+
+from .. import optim
+from .sharded import Release
+
+OPTIMIZERS = ("lomo", "adalomo", "sgd", "sgd-master", "adamw", "adamw-master")
+RELEASING = {"lomo": "Lomo", "adalomo": "AdaLomo"}  # in `optim`: gradients are used in backward
+
+
+class MasterCopy(torch.optim.Optimizer):
+    """Mixed precision as it is usual: `rule` updates an fp32 copy of each 16-bit parameter.
+
+    One parameter at a time, so that fp32 gradients of all of them never exist. States: the copy and
+    what `rule` keeps for it, in fp32.
+    """
+
+    def __init__(self, params, rule, **defaults):
+        super().__init__(params, defaults)
+        self._rule = rule
+        self._rules = {}
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                state = self.state[param]
+                if not state:
+                    state["master"] = param.detach().clone().float()
+                    self._rules[param] = self._rule([state["master"]], **self.defaults)
+                master, rule = state["master"], self._rules[param]
+                master.grad = param.grad.float()
+                rule.step()
+                master.grad = None
+                state.update(rule.state[master])
+                param.copy_(master)
+
+
+def make(name, model, sharded, options):
+    """-> (optimizer, step), where `step(loss)` is a step of training after the forward."""
+    if (releasing := RELEASING.get(name)) is not None:
+        if sharded:
+            optimizer = Release(model.parameters())
+        else:
+            optimizer = getattr(optim, releasing)(model, **options)
+
+        def releasing_step(loss):
+            optimizer.backward(loss)
+            optimizer.zero_grad()
+
+        return optimizer, releasing_step
+    # A loop over the parameters, on every device: "foreach" needs room for all of them at a time.
+    rule = torch.optim.SGD if name.startswith("sgd") else torch.optim.AdamW
+    if name.endswith("-master"):
+        optimizer = MasterCopy(model.parameters(), rule, lr=1e-3, foreach=False)
+    else:
+        optimizer = rule(model.parameters(), lr=1e-3, foreach=False)
+
+    def step(loss):
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return optimizer, step

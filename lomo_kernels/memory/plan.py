@@ -1,0 +1,219 @@
+"""What a training step of a model would need, without the model."""
+
+import math
+import re
+from dataclasses import dataclass
+
+from ..integrations import huggingface
+from . import report
+from .optimizers import OPTIMIZERS, RELEASING
+from .predict import Job, largest, parameters, predict
+from .timeline import Summary
+
+CHECKPOINTING = (None, "non_reentrant", "reentrant")
+SHARDING = ("none", "fsdp2", "zero3")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` found, per device; `print` shows a table.
+
+    peak: bytes alive at the worst moment of a step whose states exist. place: where that is.
+    at_peak: bytes of each category at that moment. maxima: the most of each category at any moment.
+    margin: device_memory - peak, None where no device memory was given. fits: whether it is >= 0.
+    largest_batch, largest_sequence: the most that fit, the other being as it is; None where they
+    were not asked for. notes: what the plan does not know.
+    """
+
+    model: str
+    job: Job
+    parameters: int
+    summary: Summary
+    device_memory: int | None
+    largest_batch: int | None = None
+    largest_sequence: int | None = None
+    notes: tuple = ()
+
+    @property
+    def peak(self):
+        return self.summary.peak.total
+
+    @property
+    def place(self):
+        return str(self.summary.peak.place)
+
+    @property
+    def at_peak(self):
+        return dict(self.summary.peak.parts)
+
+    @property
+    def maxima(self):
+        return dict(self.summary.maxima)
+
+    @property
+    def margin(self):
+        return None if self.device_memory is None else self.device_memory - self.peak
+
+    @property
+    def fits(self):
+        return None if self.device_memory is None else self.margin >= 0
+
+    def verdict(self):
+        """One sentence: whether it fits, by how much, and what would."""
+        if self.device_memory is None:
+            return f"needs {report.size(self.peak)} on each device"
+        text = f"{report.size(abs(self.margin))} of {report.size(self.device_memory)}"
+        text = f"fits, {text} to spare" if self.fits else f"does not fit: {text} missing"
+        for name, most in (("batch", self.largest_batch), ("sequence", self.largest_sequence)):
+            if most is not None:
+                text += f"; largest {name} {most}" if most else f"; no {name} fits"
+        return text
+
+    def to_dict(self):
+        """Everything, in bytes, for json."""
+        return {
+            "model": self.model,
+            "parameters": self.parameters,
+            **{key: value for key, value in vars(self.job).items() if key != "options"},
+            **dict(self.job.options),
+            **self.summary.to_dict(),
+            "device_memory_bytes": self.device_memory,
+            "margin_bytes": self.margin,
+            "fits": self.fits,
+            "largest_batch": self.largest_batch,
+            "largest_sequence": self.largest_sequence,
+            "notes": list(self.notes),
+        }
+
+    def __str__(self):
+        return "\n".join([report.text(self.summary), self.verdict(), *self.notes])
+
+    def plot(self, path):
+        """Draws the categories at the peak as a bar into an image file; needs matplotlib."""
+        report.plot_bars([(self.job.optimizer, self.summary)], self.device_memory, path)
+
+
+def plan(
+    model,
+    *,
+    optimizer="lomo",
+    clip_grad_norm=1.0,
+    strategy="auto",
+    rounding="auto",
+    dtype="bfloat16",
+    batch=1,
+    sequence=512,
+    checkpointing=None,
+    attention=None,
+    devices=1,
+    sharding=None,
+    device="cuda",
+    device_memory=None,
+    search=None,
+    progress=lambda text: None,
+):
+    """Predicts the memory of a training step, in bytes per device, without allocating the model.
+
+    The model's own code and the optimizer's run a real forward, backward and step on tensors
+    without data (torch's FakeTensorMode), whose storages are followed as `measure` does it.
+    Models of layers that are alike are traced with a few of them (timeline.py, Note [More layers]).
+    Not in it: what an allocator rounds up or loses to fragmentation, the CUDA context (0.3 to 0.6
+    GiB), workspaces inside kernels and communication libraries.
+
+    Args:
+        model: one of `MODELS`, a config.json, a folder with one, or a transformers configuration.
+        optimizer: one of `OPTIMIZERS`. "-master" keeps an fp32 copy of the parameters and fp32
+            states, mixed precision as it is usual; "adamw" and "sgd" are torch's.
+        clip_grad_norm, strategy, rounding: of lomo and adalomo, as in `Lomo`.
+        dtype: of the parameters: "float32", "bfloat16", "float16".
+        batch, sequence: sequences of a step on each device, and tokens of each, without padding.
+        checkpointing: None, "non_reentrant" or "reentrant".
+        attention: "eager", "sdpa" or another of transformers'; None: its choice.
+        devices, sharding: "fsdp2" or "zero3": parameters, gradients and states are shared by so
+            many devices, FSDP2 with a unit for each layer. None: "none" for one device, else
+            "fsdp2".
+        device: "cuda", or "cpu", where products of 16-bit factors need copies in fp32.
+        device_memory: bytes, or a text such as "24GiB" or "24GB".
+        search: "batch" or "sequence": also find the largest that fits into it.
+        progress: called with a line of text before each thing that takes a second.
+
+    Returns:
+        A `Plan`.
+
+    Raises:
+        ValueError: which argument, what was wanted, what came.
+        ModelError: there is no such model, or transformers cannot build it.
+        RuntimeError: `devices` above 1 inside a process group.
+    """
+    _one_of("optimizer", optimizer, OPTIMIZERS)
+    _one_of("dtype", dtype, DTYPES)
+    _one_of("checkpointing", checkpointing, CHECKPOINTING)
+    _one_of("device", device, ("cuda", "cpu"))
+    _one_of("search", search, (None, "batch", "sequence"))
+    for name, value in (("batch", batch), ("sequence", sequence), ("devices", devices)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    if sharding is None:
+        sharding = "none" if devices == 1 else "fsdp2"
+    _one_of("sharding", sharding, SHARDING)
+    if devices == 1 and sharding != "none":
+        raise ValueError(f"sharding {sharding!r} needs devices of at least 2, got 1")
+    memory = None if device_memory is None else byte_count(device_memory)
+    if search and memory is None:
+        raise ValueError("the search for what fits needs device_memory, got none")
+    config = huggingface.config_of(model)
+    options = {}
+    if optimizer in RELEASING:
+        options = {"clip_grad_norm": clip_grad_norm, "strategy": strategy, "rounding": rounding}
+    shards, notes = 1 if sharding == "none" else devices, []
+    if shards > 1 and optimizer in RELEASING:
+        if optimizer == "adalomo":
+            raise ValueError("a plan for adalomo with sharded parameters cannot be made yet")
+        options = {}
+        notes.append(
+            "Lomo does not train sharded models yet; this is a step that frees each gradient after "
+            "its reduce-scatter, without a norm of all of them"
+        )
+    job = Job(
+        optimizer, dtype, batch, sequence, checkpointing, attention, device, shards,
+        tuple(options.items()),
+    )  # fmt: skip
+    summary = predict(config, job, progress)
+    most = {}
+    if search:
+
+        def needs(changed):
+            progress(f"trying {search} {getattr(changed, search)}")
+            return predict(config, changed).peak.total
+
+        most = {f"largest_{search}": largest(search, job, needs, memory)}
+    name = model if isinstance(model, str) else getattr(config, "model_type", "model")
+    return Plan(str(name), job, parameters(config), summary, memory, notes=tuple(notes), **most)
+
+
+def _one_of(name, value, known):
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {value!r}")
+
+
+def byte_count(value):
+    """Bytes of a number, or of a text with a unit: "24GiB" or "24G" is 24 * 2**30, "24GB" 24e9.
+
+    Raises:
+        ValueError: neither, or not above 0.
+    """
+    units = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+    units |= {f"{unit}ib": size for unit, size in units.items() if unit}
+    units |= {f"{unit}b": 1000 ** (i + 1) for i, unit in enumerate("kmgt")}
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([a-z]*)\s*", str(value).lower())
+    try:
+        size = float(match[1]) * units[match[2]]
+    except (TypeError, KeyError, ValueError):
+        size = 0
+    if not 0 < size < math.inf:
+        raise ValueError(f"device_memory must be bytes or a text such as 24GiB, got {value!r}")
+    return int(size)
+
+
+__all__ = ["OPTIMIZERS", "Plan", "byte_count", "plan"]

@@ -1,0 +1,152 @@
+"""Plans against real steps of small models, public parameter counts, and whole traces."""
+
+import json
+
+import pytest
+import torch
+
+from lomo_kernels import cli
+from lomo_kernels.memory import CATEGORIES, OPTIMIZERS
+from lomo_kernels.memory.predict import Job, model_of, predict, record
+from lomo_kernels.memory.timeline import summarise, whole
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+
+TOLERANCE = 0.03  # of each category; what is found is far smaller
+SMALL = 0.002  # of the peak: categories below it are only compared with that
+
+LLAMA = transformers.LlamaConfig(
+    hidden_size=64, intermediate_size=160, num_hidden_layers=8, num_attention_heads=4,
+    num_key_value_heads=2, vocab_size=256,
+)  # fmt: skip
+TIED = transformers.LlamaConfig(
+    hidden_size=64, intermediate_size=160, num_hidden_layers=6, num_attention_heads=4,
+    num_key_value_heads=4, vocab_size=512, tie_word_embeddings=True,
+)  # fmt: skip
+GPT2 = transformers.GPT2Config(n_embd=64, n_layer=6, n_head=4, vocab_size=256, n_positions=256)
+MIXTRAL = transformers.MixtralConfig(
+    hidden_size=64, intermediate_size=96, num_hidden_layers=6, num_attention_heads=4,
+    num_key_value_heads=2, vocab_size=256, num_local_experts=4, sliding_window=None,
+)  # fmt: skip
+CONFIGS = {"llama": LLAMA, "tied": TIED, "gpt2": GPT2, "mixtral": MIXTRAL}
+CLIPPED = (("clip_grad_norm", 1.0),)
+JOBS = {name: Job(name) for name in OPTIMIZERS if "lomo" not in name}
+JOBS |= {
+    "lomo": Job("lomo"),
+    "lomo auto": Job("lomo", options=CLIPPED),
+    "lomo one_backward": Job("lomo", options=(*CLIPPED, ("strategy", "one_backward"))),
+    "lomo two_backward": Job("lomo", options=(*CLIPPED, ("strategy", "two_backward"))),
+    "lomo partial": Job("lomo", options=(*CLIPPED, ("strategy", "partial"))),
+    "lomo immediate": Job("lomo", options=(("strategy", "immediate"),)),
+    "lomo split": Job("lomo", options=(("rounding", "split"),)),
+    "adalomo": Job("adalomo", options=CLIPPED),
+}
+
+
+def as_job(name, dtype="float32", **more):
+    job = JOBS[name]
+    if "master" in name or "split" in name:
+        dtype = "bfloat16"
+    fields = {**vars(job), "dtype": dtype, "batch": 2, "sequence": 24, "device": "cpu"}
+    return Job(**{**fields, **more})
+
+
+def agree(planned, measured):
+    """Each category at the peak, and at its own highest."""
+    peak = measured.peak.total
+    assert planned.peak.total == pytest.approx(peak, rel=TOLERANCE)
+    for ours, real in (
+        (planned.peak.parts, measured.peak.parts),
+        (planned.maxima, measured.maxima),
+    ):
+        for category in CATEGORIES:
+            within = pytest.approx(real[category], rel=TOLERANCE, abs=SMALL * peak)
+            assert ours[category] == within, category
+
+
+def measured(config, job):
+    with torch.random.fork_rng():
+        return whole(summarise(record(model_of(config, job), job)).values())
+
+
+@pytest.mark.parametrize("checkpointing", [None, "non_reentrant", "reentrant"])
+@pytest.mark.parametrize("name", JOBS)
+def test_llama_needs_what_is_planned(name, checkpointing):
+    if checkpointing == "reentrant" and name in ("lomo two_backward", "lomo partial"):
+        checkpointing = None  # refused, a norm pass needs the other kind
+    job = as_job(name, checkpointing=checkpointing)
+    agree(predict(LLAMA, job), measured(LLAMA, job))
+
+
+@pytest.mark.filterwarnings("ignore:.*check_inputs.*:UserWarning")
+@pytest.mark.parametrize("checkpointing", [None, "non_reentrant"])
+@pytest.mark.parametrize("name", ["lomo auto", "adalomo", "sgd", "adamw"])
+@pytest.mark.parametrize("model", ["tied", "gpt2", "mixtral"])
+def test_other_models_need_what_is_planned(model, name, checkpointing):
+    job = as_job(name, checkpointing=checkpointing)
+    agree(predict(CONFIGS[model], job), measured(CONFIGS[model], job))
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config(tmp_path):
+    LLAMA.save_pretrained(tmp_path)
+    return str(tmp_path / "config.json")
+
+
+def run(*arguments):
+    return cli.main(["plan", *map(str, arguments)])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--optimizer", "adalomo", "--clip-grad-norm", 0.5, "--strategy", "one_backward"],
+        ["--rounding", "split", "--dtype", "bfloat16", "--clip-grad-norm", 0],
+        ["--batch", 2, "--sequence", 16, "--checkpointing"],
+        ["--attention", "eager", "--device", "cpu", "--checkpointing", "reentrant"],
+        ["--devices", 2, "--sharding", "fsdp2"],
+        ["--devices", 4, "--sharding", "zero3", "--optimizer", "adamw-master"],
+        ["--device-memory", "1GiB", "--search", "sequence"],
+    ],
+    ids=lambda options: " ".join(map(str, options)),
+)
+def test_every_option_runs(config, options, capsys):
+    assert run("--model", config, *options, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["parameters"] == sum(
+        p.numel() for p in transformers.AutoModelForCausalLM.from_config(LLAMA).parameters()
+    )
+    assert found["peak_bytes"] > 0
+
+
+def test_it_says_whether_it_fits_and_draws(config, tmp_path, capsys):
+    assert run("--model", config, "--device-memory", "1GiB", "--plot", tmp_path / "a.png") == 0
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert "fits, " in capsys.readouterr().out
+    assert run("--model", config, "--device-memory", "1MiB") == 1
+    assert "does not fit: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "llama-8t"], "llama-8t"),
+        (["--model", "no/such/config.json"], "no/such/config.json"),
+        (["--optimizer", "lion"], "optimizer must be one of lomo"),
+        (["--batch", 0], "batch must be a whole number of at least 1, got 0"),
+        (["--devices", 0], "devices must be a whole number of at least 1, got 0"),
+        (["--sharding", "fsdp2"], "sharding 'fsdp2' needs devices of at least 2, got 1"),
+        (["--device-memory", "much"], "device_memory must be bytes or a text such as 24GiB"),
+        (["--search", "batch"], "the search for what fits needs device_memory, got none"),
+    ],
+)
+def test_wrong_arguments(config, options, message, capsys):
+    arguments = options if "--model" in options else ["--model", config, *options]
+    assert run(*arguments) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
