@@ -27,7 +27,8 @@ RUNS = {
 
 def rows_of(task, settings, names):
     for name in names:
-        r = finetune.run(dataclasses.replace(settings, **RUNS[name]))
+        # lr=None: each optimizer has a default of its own
+        r = finetune.run(dataclasses.replace(settings, lr=None, **RUNS[name]))
         yield {
             "task": task,
             "optimizer": r.optimizer,
