@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "ops.native": {"_C"},
     "ops": {"ops.native", "ops.triton", "ops.reference"},
     "optim": {"ops"},
-    "memory": {"integrations", "optim", "ops"},
+    "memory": {"integrations", "optim", "ops", "ops.native"},
     "integrations": {"optim"},
     "finetune": {"integrations", "memory", "optim", "ops"},
     "cli": {"finetune", "integrations", "memory", "optim", "ops", "lomo_kernels"},

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -181,21 +182,26 @@ def from_config(config, dtype, checkpointing=None, attention=None):
 
 
 @contextlib.contextmanager
-def one_sequence_each():
-    """In which models need not look at positions to know that a row holds one sequence.
+def without_values():
+    """In which models run on tensors that have shapes and no values.
 
-    On fake tensors they could not, would take each row for several packed ones, and make a mask
-    that training has no use for.
+    A row holds one sequence: models would look at positions for that, take each row for several
+    packed ones, and make a mask that training has no use for. Products of grouped experts have
+    shapes for bfloat16 alone in torch; transformers' own ones, with the same results alive, take
+    their place, as they do when it compiles.
     """
     from transformers import masking_utils
+    from transformers.integrations import moe
 
-    name = "find_packed_sequence_indices"
-    look = getattr(masking_utils, name)
-    setattr(masking_utils, name, lambda position_ids: None)
-    try:
+    replaced = [
+        (masking_utils, "find_packed_sequence_indices", lambda position_ids: None),
+        (moe, "_can_use_grouped_mm", lambda input, weight, offs: False),
+    ]
+    with contextlib.ExitStack() as stack:
+        for module, name, replacement in replaced:
+            if hasattr(module, name):  # transformers 5.0 has fewer
+                stack.enter_context(mock.patch.object(module, name, replacement))
         yield
-    finally:
-        setattr(masking_utils, name, look)
 
 
 def layers_of(config):

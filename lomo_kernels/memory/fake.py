@@ -1,26 +1,61 @@
 """A training step without memory: the model's own code and the optimizer's, on fake tensors.
 
-Fake tensors have shapes and no data. Operators of torch run on them; what the kernels of this
-package would do is left out, because they allocate next to nothing.
+Fake tensors have shapes and no data. Operators of torch run on them; in place of this package's
+kernels only what they allocate is.
 """
 
 import contextlib
 import warnings
+from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from .. import ops
-from ..optim import linear
+from ..ops.adalomo import LAST_STEP, Tiles
+from ..optim import adalomo, linear
 
-_KERNELS = ("lomo_update_", "grad_sumsq_", "decide_")
+
+def _nothing(*args, **kwargs):
+    pass
 
 
-def _unless_fake(run):
+def _sums(param, out=None, backend="auto"):
+    return torch.empty(Tiles.of(param.shape).count) if out is None else out
+
+
+class _AdaLomo:
+    """Of AdaLomo: the table of weights, which is there from the first step on, and scratch."""
+
+    def __init__(self):
+        self._table = None
+
+    def weights(self, device, decay_rate):
+        if self._table is None:
+            self._table = torch.empty(LAST_STEP)
+        return self._table
+
+    def update_(self, params, *args, **kwargs):
+        try:
+            from ..ops.native import adalomo_scratch
+        except ImportError:  # nothing was built
+            return
+        _, shared, own = adalomo_scratch([Tiles.of(param.shape) for param in params])
+        self._table.new_empty(shared + own)
+
+
+_KERNELS = {
+    "lomo_update_": _nothing,
+    "grad_sumsq_": _nothing,
+    "decide_": _nothing,
+    "adalomo_sums_": _sums,
+}
+
+
+def _unless_fake(run, instead):
     def call(first, *args, **kwargs):
         tensor = first if isinstance(first, torch.Tensor) else next(iter(first), None)
-        if not isinstance(tensor, FakeTensor):
-            return run(first, *args, **kwargs)
+        return (instead if isinstance(tensor, FakeTensor) else run)(first, *args, **kwargs)
 
     return call
 
@@ -47,19 +82,21 @@ def fake_step(device="cuda"):
     without CUDA has no autograd for fake CUDA tensors; the difference that matters is that a GPU
     multiplies 16-bit factors without copies of them in fp32.
     """
-    patches = [(ops, name, _unless_fake(getattr(ops, name))) for name in _KERNELS]
+    patches = [
+        (ops, name, _unless_fake(getattr(ops, name), instead)) for name, instead in _KERNELS.items()
+    ]
     # The host would look at a number that there is not.
     patches.append((linear.Cancellation, "note", _note_unless_fake(linear.Cancellation.note)))
+    table = _AdaLomo()
+    patches.append((adalomo, "adalomo_weights", table.weights))
+    patches.append((ops, "adalomo_update_", _unless_fake(ops.adalomo_update_, table.update_)))
     if device == "cuda":
         patches.append((linear, "_mixes", _mixes_unless_fake(linear._mixes)))
-    before = [(where, name, getattr(where, name)) for where, name, _ in patches]
-    with FakeTensorMode(), warnings.catch_warnings():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(FakeTensorMode())
+        stack.enter_context(warnings.catch_warnings())
         # Addresses are compared to tell tensors apart; those of fake ones are 0.
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         for where, name, replacement in patches:
-            setattr(where, name, replacement)
-        try:
-            yield
-        finally:
-            for where, name, original in before:
-                setattr(where, name, original)
+            stack.enter_context(mock.patch.object(where, name, replacement))
+        yield

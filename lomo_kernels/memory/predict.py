@@ -122,7 +122,7 @@ def _has_number(name):
 
 
 def _would_wait(config, job):
-    with fake_step(job.device), huggingface.one_sequence_each():
+    with fake_step(job.device), huggingface.without_values():
         model = model_of(config, job)
         optimizer, _ = optimizers.make(job.optimizer, model, False, dict(job.options))
         loss_of(model, job)
@@ -136,7 +136,7 @@ def traced(config, job, layers):
         if job.shards > 1:
             mesh = stack.enter_context(sharded.fake_devices(job.shards))
         stack.enter_context(fake_step(job.device))
-        stack.enter_context(huggingface.one_sequence_each())
+        stack.enter_context(huggingface.without_values())
         model = model_of(config, job)
         if mesh is not None:
             sharded.shard(model, mesh)

@@ -113,14 +113,19 @@ def _row_of(item, scratch):
     )  # fmt: skip
 
 
+def adalomo_scratch(tiles):
+    """Floats of scratch memory: of each tensor, shared by all matrices, of the others together."""
+    sizes = [_C.adalomo_scratch(*each) for each in tiles]
+    # Matrices run one after the other.
+    shared = max((s for s, each in zip(sizes, tiles) if each.factored), default=0)
+    return sizes, shared, sum(s for s, each in zip(sizes, tiles) if not each.factored)
+
+
 def adalomo_update_(
     items, *, lr, weight_decay, eps, clip_threshold, clip_value, seed, rounding, weights,
     inv_scale, clip_coef, found_inf, skip,
 ):  # fmt: skip
-    # Matrices run one after the other and share their scratch memory.
-    sizes = [_C.adalomo_scratch(*item.tiles) for item in items]
-    shared = max((s for s, item in zip(sizes, items) if item.tiles.factored), default=0)
-    own = sum(s for s, item in zip(sizes, items) if not item.tiles.factored)
+    sizes, shared, own = adalomo_scratch([item.tiles for item in items])
     scratch = weights.new_empty(shared + own)
     rows, place = array("q"), scratch.data_ptr() + 4 * shared
     for item, size in zip(items, sizes):
