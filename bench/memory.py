@@ -1,0 +1,164 @@
+"""The paper's Table 1 again, and which model fits which card, as rows: lomo_kernels.memory's plans.
+
+    python -m bench.memory
+
+Nothing is allocated: a step runs on tensors without data. Bytes are per device.
+"""
+
+from unittest import mock
+
+from lomo_kernels import memory
+from lomo_kernels.integrations import huggingface
+from lomo_kernels.memory import optimizers, report
+from lomo_kernels.memory.predict import Job, predict
+
+from . import record
+
+GIB = 2**30
+CHECKPOINTING = (None, "non_reentrant")
+
+# Lv et al., arXiv 2306.09782, Table 1, in GiB: parameters, gradients, states, activations.
+PAPER = {
+    ("AdamW", None): (12.55, 12.55, 75.31, 45.61),
+    ("AdamW", "non_reentrant"): (12.55, 12.55, 75.31, 1.79),
+    ("SGD", None): (12.55, 12.55, 25.10, 45.61),
+    ("SGD", "non_reentrant"): (12.55, 12.55, 25.10, 1.79),
+    ("LOMO", None): (12.55, 0.24, 0.00, 45.61),
+    ("LOMO", "non_reentrant"): (12.55, 0.24, 0.00, 1.79),
+}
+REFERENCE = "lomo-optim 0.1.1"
+STEPS = {  # name -> row of the paper, options of `plan`
+    "adamw-master": ("AdamW", {"optimizer": "adamw-master"}),
+    "sgd-master": ("SGD", {"optimizer": "sgd-master"}),
+    "sgd": (None, {"optimizer": "sgd"}),
+    REFERENCE: ("LOMO", None),
+    "lomo": ("LOMO", {"clip_grad_norm": None}),
+    "lomo, immediate": (None, {"clip_grad_norm": None, "strategy": "immediate"}),
+    "lomo, clipped": (None, {"clip_grad_norm": 1.0}),
+    "adalomo, clipped": (None, {"optimizer": "adalomo", "clip_grad_norm": 1.0}),
+}
+SHAPE = {"batch": 8, "sequence": 512}
+
+MODELS = ("llama-7b", "llama-3-8b", "llama-13b", "llama-30b", "llama-65b", "llama-3-70b")
+CARDS = ((1, 24), (1, 48), (1, 80), (1, 141), (8, 24))  # devices, GiB of each
+STEP = {"batch": 1, "sequence": 1024, "checkpointing": "non_reentrant"}
+
+
+def _reference(name, model, sharded, options):
+    """In place of `optimizers.make`: the implementation that the paper's authors published."""
+    import lomo_optim  # whose rows need it; its tables do not
+
+    optimizer = lomo_optim.Lomo(model, lr=1e-3)
+    return optimizer, lambda loss: optimizer.fused_backward(loss, 1e-3)
+
+
+def step(options, checkpointing, attention):
+    """The Summary of a step of LLaMA-7B; `options` None: by lomo-optim."""
+    if options is not None:
+        found = memory.plan(
+            "llama-7b", checkpointing=checkpointing, attention=attention, **SHAPE, **options
+        )
+        return found.summary
+    job = Job("lomo-optim", checkpointing=checkpointing, attention=attention, **SHAPE)
+    with mock.patch.object(optimizers, "make", _reference):
+        return predict(huggingface.config_of("llama-7b"), job)
+
+
+def table1_rows():
+    for checkpointing in CHECKPOINTING:
+        for name, (_, options) in STEPS.items():
+            eager, fused = (step(options, checkpointing, kind) for kind in ("eager", "sdpa"))
+            yield {
+                "optimizer": name,
+                "checkpointing": checkpointing or "no",
+                **{f"{c}_bytes": eager.maxima[c] for c in memory.CATEGORIES},
+                "peak_bytes": eager.peak.total,
+                "peak_place": str(eager.peak.place),
+                "fused_attention_activations_bytes": fused.maxima["activations"],
+                "fused_attention_peak_bytes": fused.peak.total,
+            }
+
+
+def card_row(model, devices, gib):
+    """`plan` of a clipped step by Lomo, and the longest sequence that fits in two backwards."""
+    device_memory = gib * GIB
+    options = {**STEP, "devices": devices, "device_memory": device_memory}
+    found = memory.plan(model, **options)
+    longest = memory.plan(model, **options, strategy="two_backward", search="sequence")
+    return {
+        "model": model,
+        "parameters": found.parameters,
+        "devices": devices,
+        "device_memory_bytes": device_memory,
+        "peak_bytes": found.peak,
+        "least_peak_bytes": longest.peak,
+        "longest_sequence": longest.largest_sequence,
+    }
+
+
+# -- tables ----------------------------------------------------------------------------------------
+
+
+def table1():
+    from .readme import _source, _table  # which imports this module
+
+    rows = record.read("table1")
+    body = []
+    for row in rows:
+        paper = PAPER.get((STEPS[row["optimizer"]][0], _checkpointing(row["checkpointing"])))
+        cells = [
+            f"{int(row[f'{c}_bytes']) / GIB:.2f}" + ("" if paper is None else f" ({paper[i]:.2f})")
+            for i, c in enumerate(memory.CATEGORIES[:4])
+        ]
+        body.append(
+            [
+                row["optimizer"],
+                "no" if row["checkpointing"] == "no" else "yes",
+                *cells,
+                f"{int(row['other_bytes']) / GIB:.2f}",
+                f"{int(row['peak_bytes']) / GIB:.2f}"
+                + ("" if paper is None else f" ({sum(paper):.2f})"),
+                f"{int(row['fused_attention_activations_bytes']) / GIB:.2f}",
+                f"{int(row['fused_attention_peak_bytes']) / GIB:.2f}",
+            ]
+        )
+    head = [
+        "optimizer", "checkpointing", *memory.CATEGORIES, "peak", "activations, fused attention",
+        "peak, fused attention",
+    ]  # fmt: skip
+    return _table(head, body) + _source(rows, "table1")
+
+
+def _checkpointing(text):
+    return None if text == "no" else text
+
+
+def cards():
+    from .readme import _source, _table
+
+    rows = record.read("cards")
+    cells = {(r["model"], int(r["devices"]), int(r["device_memory_bytes"]) // GIB): r for r in rows}
+    names = [f"{gib} GiB" if n == 1 else f"{n} x {gib} GiB" for n, gib in CARDS]
+    body = [[m, *(_cell(cells[m, *card]) for card in CARDS)] for m in MODELS]
+    return _table(["model", *names], body) + _source(rows, "cards")
+
+
+def _cell(row):
+    margin = int(row["device_memory_bytes"]) - int(row["peak_bytes"])
+    if margin >= 0:
+        return f"**{report.size(margin)} to spare**, to {int(row['longest_sequence']):,} tokens"
+    if int(row["longest_sequence"]):
+        return f"to {int(row['longest_sequence']):,} tokens in two backwards"
+    return f"{report.size(-margin)} missing"
+
+
+def main():
+    from rich.progress import track
+
+    print(record.write("table1", list(table1_rows())))
+    wanted = [(model, *card) for model in MODELS for card in CARDS]
+    print(record.write("cards", [card_row(*each) for each in track(wanted, "cards")]))
+
+
+if __name__ == "__main__":
+    main()
