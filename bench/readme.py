@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-from . import record, strategies
+from . import memory, record, strategies
 
 ROOT = Path(__file__).parent.parent
 
@@ -68,7 +68,13 @@ def update():
 
 
 PAGES = {
-    "README.md": {"finetune": finetune, "update": update, "strategies": strategies.table},
+    "README.md": {
+        "finetune": finetune,
+        "update": update,
+        "strategies": strategies.table,
+        "cards": memory.cards,
+    },
+    "docs/memory.md": {"table1": memory.table1},
     "docs/strategies.md": {"strategies": strategies.whole_table},
 }
 
