@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lomo_kernels import cli
+from lomo_kernels.integrations import huggingface
 from lomo_kernels.memory import CATEGORIES, OPTIMIZERS
 from lomo_kernels.memory.predict import Job, model_of, predict, record
 from lomo_kernels.memory.timeline import summarise, whole
@@ -86,6 +87,14 @@ def test_llama_needs_what_is_planned(name, checkpointing):
 def test_other_models_need_what_is_planned(model, name, checkpointing):
     job = as_job(name, checkpointing=checkpointing)
     agree(predict(CONFIGS[model], job), measured(CONFIGS[model], job))
+
+
+@pytest.mark.parametrize("checkpointing", [None, "non_reentrant", "reentrant"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_smollm2_needs_what_is_planned(name, checkpointing):
+    job = as_job(name, batch=1, sequence=32, checkpointing=checkpointing)
+    config = huggingface.config_of("smollm2-135m")
+    agree(predict(config, job), measured(config, job))
 
 
 # -- the command -----------------------------------------------------------------------------------

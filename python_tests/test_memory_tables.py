@@ -1,0 +1,46 @@
+"""The committed rows of bench.memory: the paper's Table 1, and which model fits which card."""
+
+import pytest
+
+from lomo_kernels.memory import CATEGORIES
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+from bench import memory, record
+
+ROWS = record.read("table1")
+CARDS = record.read("cards")
+
+
+def test_parameters_gradients_and_states_are_the_papers():
+    compared = set()
+    for row in ROWS:
+        key = memory.STEPS[row["optimizer"]][0], memory._checkpointing(row["checkpointing"])
+        if key in memory.PAPER:
+            compared.add(key)
+            for category, gib in list(zip(CATEGORIES, memory.PAPER[key]))[:3]:
+                found = int(row[f"{category}_bytes"]) / memory.GIB
+                assert found == pytest.approx(gib, abs=0.01), (row["optimizer"], category)
+    assert compared == set(memory.PAPER)
+
+
+@pytest.mark.parametrize("name", ["lomo", memory.REFERENCE])
+def test_rows_are_what_the_plan_says(name):
+    if name == memory.REFERENCE:
+        pytest.importorskip("lomo_optim", reason="lomo-optim is not installed")
+    (row,) = (r for r in ROWS if r["optimizer"] == name and r["checkpointing"] != "no")
+    found = memory.step(memory.STEPS[name][1], "non_reentrant", "eager")
+    assert found.peak.total == int(row["peak_bytes"])
+    assert {c: int(row[f"{c}_bytes"]) for c in CATEGORIES} == found.maxima
+
+
+def test_cards_are_what_the_plan_says():
+    card = "llama-7b", 1, 24
+    (row,) = (r for r in CARDS if memory.card_of(r) == card)
+    found = memory.card_row(*card)
+    assert {key: str(value) for key, value in found.items()} == {key: row[key] for key in found}
+
+
+def test_every_model_has_every_card():
+    listed = [memory.card_of(row) for row in CARDS]
+    assert listed == [(model, *card) for model in memory.MODELS for card in memory.CARDS]
