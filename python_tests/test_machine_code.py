@@ -127,7 +127,9 @@ def expected(name):
         return 2 * words + split, words + split
     if name.startswith("ada_norm"):
         return words, 0
-    if name.startswith(("sumsq", "ada")):
+    if name.startswith("ada_stats"):  # three rows of a tile on their way
+        return 3 * words, 0
+    if name.startswith("sumsq"):
         return 8 * words, 0
     return 2 * words + split, words + split
 
@@ -146,7 +148,12 @@ def test_triton_nvidia(arch):
 
 
 def test_triton_amd():
+    triton = pytest.importorskip("triton", reason="triton is not installed")
+
+    old = triton.__version__ < "3.9"  # it has room for 16-bit sums of rows in NVIDIA's code alone
     for name, counts in triton_kernels("hip", "gfx942").items():
+        if old and re.match("ada_stats-b?float16", name):
+            continue
         assert counts["vgpr_spill_count"] == counts["sgpr_spill_count"] == 0, name
         if name == "decide":  # scalars: nothing is wide, and as above
             continue

@@ -390,7 +390,7 @@ def ada_stats_kernel(
     batch, ti, tj = (line // down).to(tl.int64), line % down, tile % across
     inv_scale, clip_coef = one_or(inv_scale_ptr, 1.0), one_or(clip_coef_ptr, 1.0)
     lanes = tl.zeros([8, 256], tl.float32)
-    for step in tl.static_range(8):
+    for step in tl.range(0, 8, num_stages=3):  # unrolled, Triton 3.6 spills registers
         at, live = tile_rows(tile, step, rows, cols, numel, down, across)
         g = bits_to_float(tl.load(g_ptr + at, mask=live, other=0), G)
         x = clipped(tl.where(is_finite(g), g, float("nan")), inv_scale, clip_value, clip_coef)
