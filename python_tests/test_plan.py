@@ -159,3 +159,25 @@ def test_wrong_arguments(config, options, message, capsys):
     printed = capsys.readouterr().err
     assert message in printed
     assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "Expecting property name"),
+        ("{}", "model_type"),
+        ('{"model_type": "no such"}', "no such"),
+        ('{"model_type": "t5"}', "cannot build this t5 model"),
+        (
+            '{"model_type": "llama", "hidden_size": 100, "num_attention_heads": 7}',
+            "is not a multiple of",
+        ),
+    ],
+)
+def test_wrong_configurations(tmp_path, text, message, capsys):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    assert run("--model", path) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1

@@ -148,7 +148,9 @@ def config_of(name):
             )
         values = json.loads(path.read_text())
         return transformers.AutoConfig.for_model(**values)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # a wrong configuration fails anywhere in transformers
         raise ModelError(f"cannot use the configuration {str(name)!r}: {_short(error)}") from error
 
 
