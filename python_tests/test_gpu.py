@@ -149,6 +149,43 @@ def test_an_update_can_be_captured_in_a_graph(backend):
     assert torch.equal(p, want)
 
 
+@pytest.mark.parametrize("strategy", ["one_backward", "two_backward"])
+def test_a_whole_step_can_be_captured_in_a_graph(strategy):
+    """Forward, backward, norm and updates; rounding to nearest, because a replay has no number."""
+    model, ids = on_gpu(), models.tokens().cuda()
+    other = copy.deepcopy(model)
+    options = {"lr": 0.1, "clip_grad_norm": 0.1, "rounding": "nearest", "strategy": strategy}
+    optimizer, eager = Lomo(model, **options), Lomo(other, **options)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            optimizer.backward(loss_of(model, ids))
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.backward(loss_of(model, ids))
+    for _ in range(3):
+        eager.backward(loss_of(other, ids))
+    for _ in range(2):
+        graph.replay()
+        eager.backward(loss_of(other, ids))
+    assert models.same(model, models.snapshot(other))
+
+
+@BACKENDS
+def test_norms_of_several_dtypes_do_not_make_the_host_wait(backend):
+    grads = [torch.ones(9, device="cuda", dtype=d) for d in (torch.bfloat16, torch.float32)] * 2
+    sumsq = torch.zeros(4, device="cuda")
+    ops.grad_sumsq_(sumsq, grads, backend=backend)  # compiles and allocates
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ops.grad_sumsq_(sumsq, grads, backend=backend)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert sumsq.tolist() == [9.0] * 4
+
+
 @BACKENDS
 def test_the_device_of_the_tensor_not_the_current_one(backend):
     if torch.cuda.device_count() < 2:

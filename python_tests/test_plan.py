@@ -89,11 +89,17 @@ def test_other_models_need_what_is_planned(model, name, checkpointing):
     agree(predict(CONFIGS[model], job), measured(CONFIGS[model], job))
 
 
+# With which each optimizer steps all 30 layers; four of them with the others, which take long.
+WHOLE = dict(zip(OPTIMIZERS, [None, "non_reentrant", "reentrant"] * 2))
+
+
 @pytest.mark.parametrize("checkpointing", [None, "non_reentrant", "reentrant"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_smollm2_needs_what_is_planned(name, checkpointing):
     job = as_job(name, batch=1, sequence=32, checkpointing=checkpointing)
     config = huggingface.config_of("smollm2-135m")
+    if checkpointing != WHOLE[name]:
+        config.num_hidden_layers = 4
     agree(predict(config, job), measured(config, job))
 
 

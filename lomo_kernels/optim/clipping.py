@@ -10,10 +10,11 @@ class SquaredNorms:
         self._count = count
         self._slots = {}
 
-    def slot(self, device, param_id):
+    def slots(self, device, first, count=1):
+        """Those of parameters with neighbouring numbers."""
         if device not in self._slots:
             self._slots[device] = torch.zeros(self._count, device=device)
-        return self._slots[device][param_id]
+        return self._slots[device][first : first + count]
 
     def tensors(self):
         """Everything that adds up to the square of the total norm."""

