@@ -1,115 +1,168 @@
-"""The update of one large tensor on the CPU: ours, and the same arithmetic in eager PyTorch.
+"""The update of a tensor, or of a list of them, beside what else could make it.
 
-    python -m bench.bench_lomo_update [--numel 67108864] [--rounds 15]
+    python -m bench.bench_lomo_update [--minutes 8] [--largest N]
 
-Rivals run in turn, in another order each round, so that what slows the machine and what the one
-before left in the caches meets all of them; a row has the median and the 20th and 80th percentile.
-`bytes` is what an element must move at least.
+An element moves 6 bytes with 16-bit parameters and gradients: both are read, the parameter is
+written; "split" moves 4 more, "with norm" reads the gradient once more. Rivals are told by the
+same bytes, whatever they move.
 """
 
-import argparse
-import random
-import time
+import functools
 
 import torch
 
 from lomo_kernels import ops
 
-from . import record
+from . import peers, shapes, suite, timing
+from .timing import Rival
 
-LR, DECAY = 1e-3, 0.1
+LR, DECAY, SCALE, CLIP_VALUE, CLIP_COEF = 1e-3, 0.1, 1024.0, 1.0, 0.37
+PLAIN, ALL, NORM = "plain", "all", "with norm"
 
 
-def rivals(dtype, numel):
-    """name -> (bytes per element, function)."""
-    p = torch.randn(numel).to(dtype)
-    g = torch.randn(numel).to(dtype)
-    low = torch.zeros(numel, dtype=torch.int16)
-    copy = torch.empty_like(p)
-    size = p.element_size()
-    scalars = {
-        "inv_scale": torch.tensor([1 / 1024]),
-        "clip_coef": torch.tensor([0.37]),
-        "found_inf": torch.zeros(1),
-        "skip": torch.zeros(1),
+def scalars(device):
+    values = {"inv_scale": 1 / SCALE, "clip_coef": CLIP_COEF, "found_inf": 0.0, "skip": 0.0}
+    return {name: torch.tensor([value], device=device) for name, value in values.items()}
+
+
+def options_of(device):
+    """name -> arguments of `lomo_update_`, one feature at a time and all of them."""
+    each = {"weight_decay": DECAY, "clip_value": CLIP_VALUE, **scalars(device)}
+    every = {**each, "rounding": "nearest"}
+    return {
+        PLAIN: {},
+        **{name: {name: value} for name, value in each.items()},
+        ALL: every,
+        "all, stochastic": {**every, "rounding": "stochastic"},
+        "all, split": {**every, "rounding": "split"},
     }
-    sumsq = torch.zeros(1)
 
-    def ours(rounding="nearest", **options):
+
+def backends(device):
+    """Those that run here; Triton's interpreter is not one whose time says anything."""
+    return [name for name in ("native", "triton") if ops.unavailable(name, device) is None
+            and not (name == "triton" and device.type == "cpu")]  # fmt: skip
+
+
+def traffic(case, options):
+    size, grad = case.sizes
+    extra = 4 if "split" in options else grad if options == NORM else 0
+    return case.numel * (2 * size + grad + extra)
+
+
+def ours(case, where, backend, name):
+    arguments = options_of(where.device)[name]
+
+    def make(each):
+        extra = dict(arguments)
+        if extra.get("rounding") == "split":
+            extra["low"] = [torch.zeros_like(p, dtype=torch.int16) for p in each.params]
+        if len(each.params) == 1:  # as an optimizer's hook calls it
+            extra = {k: v[0] if k == "low" else v for k, v in extra.items()}
+            each = timing.Set(*(tensors[0] for tensors in each))
+        return functools.partial(ops.lomo_update_, *each, lr=LR, backend=backend, **extra)
+
+    return Rival(backend, name, traffic(case, name), make)
+
+
+def with_norm(case, where, backend):
+    """The norm's pass, its coefficient, and the update with it."""
+
+    def make(each):
+        first = [float(name in ("inv_scale", "clip_coef")) for name in ops.DECISIONS]
+        decisions = torch.tensor(first, device=where.device)
+        known = dict(zip(ops.DECISIONS, decisions.split(1)))
+        sumsq = torch.zeros(len(each.params), device=where.device)
+
         def run():
+            ops.grad_sumsq_(
+                sumsq, each.grads, inv_scale=known["inv_scale"], found_inf=known["found_inf"],
+                backend=backend,
+            )  # fmt: skip
+            ops.decide_(decisions, sumsq, max_norm=1.0, backend=backend)
             ops.lomo_update_(
-                p, g, lr=LR, rounding=rounding, low=low if rounding == "split" else None, **options
-            )
+                each.params, each.grads, lr=LR, inv_scale=known["inv_scale"],
+                clip_coef=known["clip_coef"], skip=known["skip"], backend=backend,
+            )  # fmt: skip
 
         return run
 
-    def eager():
-        """What the reference optimizer's hook does: scale, detect, clip, decay, step, store."""
-        g32 = g.float()
-        scalars["found_inf"].masked_fill_(~g32.isfinite().all(), 1.0)
-        g32.mul_(scalars["inv_scale"]).clamp_(-1.0, 1.0).mul_(scalars["clip_coef"])
-        p32 = p.float().mul_(1 - LR * DECAY).sub_(g32, alpha=LR)
-        p.copy_(p32)
-
-    everything = {"weight_decay": DECAY, "clip_value": 1.0, **scalars}
-    found = {
-        "copy": (2 * size, lambda: copy.copy_(p)),
-        "native, plain": (3 * size, ours()),
-        "native, all options": (3 * size, ours(**everything)),
-        "eager, all options": (3 * size, eager),
-        "p.add_(g, alpha=-lr)": (3 * size, lambda: p.add_(g, alpha=-LR)),
-        "native, squared norm": (size, lambda: ops.grad_sumsq_(sumsq, g)),
-        "torch, squared norm": (size, lambda: torch.linalg.vector_norm(g, dtype=torch.float32)),
-    }
-    if dtype is not torch.float32:
-        found["native, stochastic"] = (3 * size, ours("stochastic", **everything))
-    if dtype is torch.bfloat16:
-        found["native, split"] = (3 * size + 4, ours("split", **everything))
-    return found
+    return Rival(backend, NORM, traffic(case, NORM), make)
 
 
-def measure(dtype, numel, rounds):
-    times = {name: [] for name in rivals(dtype, 1)}
-    functions = rivals(dtype, numel)
-    for _, run in functions.values():
-        run()
-    order = list(functions)
-    for round in range(rounds):
-        random.Random(round).shuffle(order)
-        for name in order:
-            run = functions[name][1]
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    for name, (size, _) in functions.items():
-        ordered = torch.tensor(times[name]).mul(1e3)
-        p20, p50, p80 = (ordered.quantile(q).item() for q in (0.2, 0.5, 0.8))
-        yield {
-            "what": name,
-            "dtype": str(dtype).removeprefix("torch."),
-            "numel": numel,
-            "bytes": size,
-            "p20_ms": f"{p20:.2f}",
-            "p50_ms": f"{p50:.2f}",
-            "p80_ms": f"{p80:.2f}",
-            "gb_per_s": f"{numel * size / p50 / 1e6:.1f}",
-        }
+def rivals(case, where):
+    """All who can make this update: the same bits, the same formula, or a part of it."""
+    found = []
+    for backend in backends(where.device):
+        found += [ours(case, where, backend, name) for name in (PLAIN, ALL)]
+        if case.dtype.itemsize == 2:
+            found.append(ours(case, where, backend, "all, stochastic"))
+        if case.dtype is torch.bfloat16:
+            found.append(ours(case, where, backend, "all, split"))
+        found.append(with_norm(case, where, backend))
+    full = traffic(case, ALL)
+    arguments = options_of(where.device)[ALL]
+    for what, sequence in (("eager, reference's", peers.sequence), ("eager, best", peers.shortest)):
+        found.append(Rival(what, ALL, full, functools.partial(sequence, lr=LR, **arguments)))
+    if case.dtype is not case.grad_dtype:
+        return found
+    alike = {
+        "p.add_": peers.add, "foreach": peers.foreach, "_fused_sgd_": peers.fused_sgd,
+        "optimi": peers.optimi_sgd, "pytorch_optimizer": peers.pytorch_optimizer_lomo,
+        "lomo-optim": peers.lomo_optim_update,
+    }  # fmt: skip
+    found += [Rival(what, PLAIN, full, functools.partial(f, lr=LR)) for what, f in alike.items()]
+    # A scale of 1: it writes the unscaled gradient back, which would be smaller in each round.
+    scaled = functools.partial(
+        peers.fused_sgd,
+        lr=LR,
+        grad_scale=torch.ones_like(arguments["skip"]),
+        found_inf=arguments["skip"],
+    )
+    found.append(Rival("_fused_sgd_", "grad_scale, skip", full, scaled))
+    norm = functools.partial(peers.lomo_optim_update, lr=LR, norm=True)
+    return [*found, Rival("lomo-optim", NORM, traffic(case, NORM), norm)]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--numel", type=int, default=2**26)
-    parser.add_argument("--rounds", type=int, default=15)
-    options = parser.parse_args()
-    rows = []
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for row in measure(dtype, options.numel, options.rounds):
-            rows.append(row)
-            print(
-                f"{row['dtype']:10}{row['what']:24}{row['p50_ms']:>10} ms{row['gb_per_s']:>8} GB/s"
-            )
-    print(record.write("cpu_lomo_update", rows))
+def features(case, where):
+    """What each option costs."""
+    return [
+        ours(case, where, backend, name)
+        for backend in backends(where.device)
+        for name in options_of(where.device)
+    ]
+
+
+def jobs(where):
+    """Most informative first."""
+    known = shapes.of_models()
+    square, large = known[(4096, 4096)], known[(22016, 8192)]
+    small = [case for case in known.values() if case.numel <= where.largest]
+    largest = max(small, key=lambda case: case.numel)
+    half, single = torch.float16, torch.float32
+
+    def job(rank, name, case, of=rivals):
+        def run(seconds):
+            return timing.rows(where, "lomo_update", case, of(case, where), seconds)
+
+        return suite.Job(rank, f"lomo_update: {name or case.name}", run, case.numel)
+
+    yield job(0, None, square)
+    yield job(0, None, large if large in small else largest)
+    for case in (square, large if large in small else largest):
+        yield job(3, f"each option, {case.name}", case._replace(name=f"{case.name}, options"),
+                  features)  # fmt: skip
+    for dtype, grad in ((half, half), (single, single), (torch.bfloat16, single), (single, half)):
+        for case in (square, largest):
+            other = case._replace(dtype=dtype, grad_dtype=grad)
+            yield job(2 if dtype is half else 6, f"{case.name}, {other.dtypes}", other)
+    yield job(2, None, shapes.experts(where.largest))
+    for case in small:
+        if case not in (square, large, largest):
+            yield job(5, None, case)
+    for case in shapes.sweep():
+        yield job(7, None, case)
 
 
 if __name__ == "__main__":
-    main()
+    suite.main([jobs], __doc__)

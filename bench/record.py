@@ -55,18 +55,56 @@ def context():
     }
 
 
+def device_name():
+    """Of the file with its rows: the GPU's, or "cpu"."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+def clocks():
+    """Of processor or of GPU and its memory now, in MHz; measurements leave them as they are."""
+    try:
+        if torch.cuda.is_available():
+            command = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader"]
+            found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            return found.splitlines()[0]
+        cores = re.findall(r"cpu MHz\s*: (\S+)", Path("/proc/cpuinfo").read_text())
+        return f"{sum(map(float, cores)) / len(cores):.0f} MHz"
+    except (OSError, subprocess.CalledProcessError, ZeroDivisionError):
+        return "unknown"
+
+
 def write(name, rows):
     """Replaces bench/results/NAME.csv; rows that were read from there keep their context."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.csv"
     rows = [row if "commit" in row else {**row, **context()} for row in rows]
+    return _save(RESULTS / f"{name}.csv", rows, list(rows[0]))
+
+
+def merge(path, rows, key, fields):
+    """Adds rows to a file, in place of those with the same values of `key`."""
+    now = {**context(), "clocks": clocks()}
+    kept = {tuple(row[k] for k in key): row for row in load(path)}
+    for row in rows:
+        kept[tuple(str(row.get(k, "")) for k in key)] = {**row, **now}
+    return _save(path, list(kept.values()), fields)
+
+
+def _save(path, rows, fields):
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, fieldnames=fields, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     return path
 
 
 def read(name):
-    with (RESULTS / f"{name}.csv").open(newline="") as file:
+    return load(RESULTS / f"{name}.csv")
+
+
+def load(path):
+    """Rows of a file; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
         return list(csv.DictReader(file))

@@ -1,0 +1,237 @@
+"""Times of rivals on the same tensors: in turn, on cold and random data, beside the copy rate of
+the same minutes.
+
+Note [Cold data]: each rival has several sets of tensors, together more than three times the last
+level of cache (at most `SETS` of them), and uses each set once before any again. On a GPU as much
+other memory is read before a sample starts, so small sets are cold too.
+
+Note [Host time]: on a GPU the calls on all sets are captured into one CUDA graph, and a sample is
+one replay between two events; what stops the host cannot be captured and is timed between events
+as it is called. `host_us` is the wall time of plain calls. On the CPU there is one time.
+"""
+
+import math
+import random
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+SETS = 64
+ROUNDS = 25
+# Bytes per second that the makers' data sheets give for device memory, by a part of torch's name.
+SHEETS = {
+    "H200": 4.8e12, "H100 80GB HBM3": 3.35e12, "H100 PCIe": 2.0e12, "B200": 8.0e12,
+    "A100-SXM4-80GB": 2.039e12, "A100 80GB PCIe": 1.935e12, "A100-SXM4-40GB": 1.555e12,
+    "RTX 5090": 1.792e12, "RTX 4090": 1.008e12, "RTX 3090": 0.936e12, "L40S": 0.864e12,
+}  # fmt: skip
+
+
+class Where(NamedTuple):
+    """The device, its cache in bytes, the data sheet's rate or None, elements of a case at most."""
+
+    device: torch.device
+    cache: int
+    sheet: float | None
+    largest: int
+
+    @classmethod
+    def here(cls, largest=None):
+        if torch.cuda.is_available():
+            properties = torch.cuda.get_device_properties(0)
+            sheet = next((rate for name, rate in SHEETS.items() if name in properties.name), None)
+            room = min(2**29, properties.total_memory // 32)
+            return cls(torch.device("cuda", 0), properties.L2_cache_size, sheet, largest or room)
+        return cls(torch.device("cpu"), _cpu_cache(), None, largest or 2**26)
+
+    @property
+    def gpu(self):
+        return self.device.type == "cuda"
+
+
+def _cpu_cache():
+    sizes = [path.read_text() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("*/size")]
+    sizes = [re.fullmatch(r"(\d+)K\s*", size) for size in sizes]
+    return max((1024 * int(size[1]) for size in sizes if size), default=2**25)
+
+
+class Set(NamedTuple):
+    params: list
+    grads: list
+
+
+class Rival(NamedTuple):
+    """bytes: what the job must move, whoever does it. make(set) -> function of no arguments."""
+
+    what: str
+    options: str
+    bytes: int
+    make: Callable
+
+
+class Times(NamedTuple):
+    """Microseconds of a call: samples; wall time; "graph", "events" or "clock"."""
+
+    samples: list
+    host: float
+    how: str
+
+    def quantile(self, q):
+        return torch.tensor(self.samples, dtype=torch.float64).quantile(q).item()
+
+
+def sets_of(case, where):
+    """See Note [Cold data]; weights and gradients as large as those of a model at work."""
+    size = case.numel * sum(case.sizes)
+    count = min(SETS, 1 + math.ceil(3 * where.cache / size))
+
+    def tensors(dtype, deviation):
+        flat = torch.randn(case.numel, device=where.device).mul_(deviation).to(dtype)
+        parts = flat.split([math.prod(shape) for shape in case.shapes])
+        return [part.view(shape) for part, shape in zip(parts, case.shapes)]
+
+    return [Set(tensors(case.dtype, 0.02), tensors(case.grad_dtype, 1e-3)) for _ in range(count)]
+
+
+class _OnCpu:
+    how = "clock"
+
+    def __init__(self, runs):
+        self.runs, self.place, self.calls = runs, 0, 1
+        for run in runs:
+            run()
+        once = self.sample()
+        self.calls = max(1, min(1000, math.ceil(1000 / once)))  # a sample is 1 ms or more
+
+    def sample(self):
+        start = time.perf_counter()
+        for _ in range(self.calls):
+            self.runs[self.place]()
+            self.place = (self.place + 1) % len(self.runs)
+        return (time.perf_counter() - start) / self.calls * 1e6
+
+    def host(self):
+        return None
+
+
+class _OnGpu:
+    def __init__(self, runs, size, flush):
+        self.runs = runs * math.ceil(256e6 / max(size * len(runs), 4e6))
+        self.flush, self.graph = flush, None
+        for run in runs:  # compiles and allocates
+            run()
+        torch.cuda.synchronize()
+        self.how = "events" if _stops_the_host(runs[0]) else "graph"
+        if self.how == "graph":
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self._call()
+        self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        self.sample()
+
+    def _call(self):
+        for run in self.runs:
+            run()
+
+    def sample(self):
+        start, end = self.events
+        self.flush()
+        start.record()
+        self._call() if self.graph is None else self.graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / len(self.runs) * 1e3
+
+    def host(self):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        self._call()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) / len(self.runs) * 1e6
+
+
+def _stops_the_host(run):
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
+
+
+def compare(where, case, rivals, seconds):
+    """Yields (rival, Times, or the exception it met); the last rival is the copy, see `copy_of`."""
+    rivals, sets, clocks, failed = [*rivals, copy_of(where)], sets_of(case, where), {}, {}
+    flush = _flush(where) if where.gpu else None
+    for i, rival in enumerate(rivals):
+        try:
+            runs = [rival.make(each) for each in sets]
+            clocks[i] = _OnGpu(runs, rival.bytes, flush) if where.gpu else _OnCpu(runs)
+        except Exception as error:  # a rival that cannot do this case is a row that says so
+            failed[i] = error
+    samples = {i: [] for i in clocks}
+    end, order = time.perf_counter() + seconds, list(clocks)
+    for round in range(ROUNDS):
+        if round >= 3 and time.perf_counter() > end:
+            break
+        random.Random(round).shuffle(order)
+        for i in order:
+            samples[i].append(clocks[i].sample())
+    for i, rival in enumerate(rivals):
+        if i in failed:
+            yield rival, failed[i]
+        else:
+            yield rival, Times(samples[i], clocks[i].host(), clocks[i].how)
+
+
+def copy_of(where):
+    """A copy of half of the largest case: the rate that all others are held against."""
+    numel = max(1, where.largest // 2)
+    source = torch.randn(numel, device=where.device).to(torch.bfloat16)
+    target = torch.empty_like(source)
+    return Rival("copy", "", 4 * numel, lambda _: lambda: target.copy_(source))
+
+
+def _flush(where):
+    other = torch.ones(3 * where.cache // 4, device=where.device)
+    return lambda: other.sum()
+
+
+def rows(where, bench, case, rivals, seconds):
+    """Rows of a case: every rival's times, and its rate beside the copy's."""
+    found = list(compare(where, case, rivals, seconds))
+    copy, times = found[-1]
+    copied = copy.bytes / times.quantile(0.5) * 1e6
+    for rival, times in found:
+        row = {
+            "bench": bench, "case": case.name, "what": rival.what, "options": rival.options,
+            "dtype": case.dtypes, "tensors": len(case.shapes), "numel": case.numel,
+            "bytes": rival.bytes,
+        }  # fmt: skip
+        if isinstance(times, Exception):
+            yield {**row, "note": note(times)}
+            continue
+        rate = rival.bytes / times.quantile(0.5) * 1e6
+        yield {
+            **row,
+            **{f"p{q}_us": f"{times.quantile(q / 100):.2f}" for q in (20, 50, 80)},
+            "host_us": "" if times.host is None else f"{times.host:.2f}",
+            "gb_per_s": f"{rate / 1e9:.2f}",
+            "copy_gb_per_s": f"{copied / 1e9:.2f}",
+            "of_copy": f"{rate / copied:.4f}",
+            "of_sheet": "" if where.sheet is None else f"{rate / where.sheet:.4f}",
+            "timed": times.how,
+        }
+
+
+def note(error):
+    """An exception as one short line."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:120]}"

@@ -1,0 +1,316 @@
+"""The benchmarks: rivals do the work that they are timed for, rows say what was measured."""
+
+import itertools
+import math
+import sys
+
+import pytest
+import torch
+
+from bench import (
+    __main__ as bench,
+)
+from bench import (
+    bench_adalomo,
+    bench_grad_norm,
+    bench_lomo_update,
+    bench_train_step,
+    gpu_suite,
+    plots,
+    record,
+    shapes,
+    suite,
+    targets,
+    timing,
+)
+from lomo_kernels import ops
+
+CPU = timing.Where(torch.device("cpu"), 2**12, None, 4096)
+CASE = shapes.Case("small", ((24, 40), (7,)))
+MATRIX = shapes.Case("matrix", ((24, 40),))
+
+
+def copies(each):
+    return timing.Set(*([t.clone() for t in tensors] for tensors in each))
+
+
+def in_dtypes(case, param, grad=None):
+    return case._replace(dtype=param, grad_dtype=grad or param)
+
+
+def prepared(rival, each):
+    """-> the function; a rival that is not installed, or needs a GPU, is skipped."""
+    try:
+        return rival.make(each)
+    except ImportError as error:
+        pytest.skip(str(error))
+    except RuntimeError as error:
+        pytest.skip(f"{rival.what}: {error}")
+
+
+# -- rivals do the same work -----------------------------------------------------------------------
+
+
+def expected_update(each, options):
+    """By the definition, in float64; the norm of all tensors where it is clipped."""
+    arguments = bench_lomo_update.options_of(torch.device("cpu")).get(options.split(",")[0], {})
+    params, grads = ([t.double() for t in tensors] for tensors in each)
+    norm = torch.linalg.vector_norm(torch.cat([g.flatten() for g in grads])).item()
+    coef = float(arguments.get("clip_coef", 1.0))
+    if options == bench_lomo_update.NORM:
+        coef = min(1.0, 1.0 / (norm + 1e-6))
+    bound, lr = arguments.get("clip_value", math.inf), bench_lomo_update.LR
+    decay = 1 - lr * arguments.get("weight_decay", 0.0)
+    scale = float(arguments.get("inv_scale", 1.0))
+    return [p * decay - lr * (g * scale).clamp(-bound, bound) * coef for p, g in zip(params, grads)]
+
+
+UPDATES = {
+    (r.what, r.options): r for r in bench_lomo_update.rivals(CASE, CPU)
+} | {(r.what, r.options): r for r in bench_lomo_update.features(CASE, CPU)}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")  # what other packages warn of is theirs
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("key", UPDATES, ids=", ".join)
+def test_every_rival_makes_the_update(key, dtype):
+    case = in_dtypes(CASE, dtype)
+    found = [*bench_lomo_update.rivals(case, CPU), *bench_lomo_update.features(case, CPU)]
+    rival = next((r for r in found if (r.what, r.options) == key), None)
+    if rival is None:
+        assert dtype is torch.float32  # which has one rounding only
+        return
+    each = timing.Set(
+        [torch.randn(s).to(dtype) for s in case.shapes],
+        [torch.randn(s).mul_(20).to(dtype) for s in case.shapes],
+    )
+    wanted = expected_update(each, rival.options)
+    before = copies(each)
+    prepared(rival, each)()
+    tolerance = {torch.bfloat16: 2**-7, torch.float32: 1e-6}[dtype]  # of what was added up
+    for p, want, old in zip(each.params, wanted, before.params):
+        size = old.double().abs() + (want - old).abs()
+        assert ((p - want).abs() <= tolerance * size).all()
+        assert not torch.equal(p, old) or dtype is torch.bfloat16  # where it may round to nothing
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_every_norm_is_the_norm(dtype):
+    case = in_dtypes(CASE, dtype)
+    (each, *_) = timing.sets_of(case, CPU)
+    wanted = [torch.linalg.vector_norm(g.double()).item() for g in each.grads]
+    for rival in bench_grad_norm.rivals(case, CPU):
+        if rival.what in ops.BACKENDS:
+            run = rival.make(each)
+            run()
+            scale = 1 / bench_lomo_update.SCALE if rival.options == "all" else 1.0
+            found = run.args[0].sqrt() / scale
+        else:
+            found = torch.stack(list(rival.make(each)()))
+        assert found.tolist() == pytest.approx(wanted, rel=1e-5), rival
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("what", ["native", "transformers' Adafactor", "torch's Adafactor"])
+def test_every_rival_makes_adalomo_s_update(what):
+    case = in_dtypes(MATRIX, torch.float32)
+    rival = next(r for r in bench_adalomo.rivals(case, CPU) if r.what == what)
+    (each, *_) = timing.sets_of(case, CPU)
+    want = copies(each)
+    state = [ops.adalomo_state(p) for p in want.params]
+    ops.adalomo_update_(*want, state, lr=bench_adalomo.LR, backend="reference")
+    prepared(rival, each)()
+    torch.testing.assert_close(each.params, want.params, rtol=1e-4, atol=1e-6)
+
+
+def test_bytes_that_must_move():
+    """DESIGN's counts for 16-bit tensors: 6, with a split master 10, with the norm 8; 2; 10."""
+    n = CASE.numel
+    found = {r.options: r.bytes / n for r in bench_lomo_update.rivals(CASE, CPU)}
+    assert (found["plain"], found["all"], found["all, split"], found["with norm"]) == (6, 6, 10, 8)
+    assert {r.bytes / n for r in bench_grad_norm.rivals(CASE, CPU)} == {2}
+    assert {r.options: r.bytes / n for r in bench_adalomo.rivals(CASE, CPU)}["plain"] == 10
+    mixed = in_dtypes(CASE, torch.float32, torch.bfloat16)
+    assert bench_lomo_update.traffic(mixed, "plain") == 10 * n
+
+
+# -- how it is timed -------------------------------------------------------------------------------
+
+
+def test_every_rival_has_a_row_and_a_failing_one_says_why():
+    def fails(each):
+        raise torch.OutOfMemoryError("no room")
+
+    good = timing.Rival("good", "plain", 6 * MATRIX.numel, lambda each: each.params[0].zero_)
+    bad = timing.Rival("bad", "plain", 6 * MATRIX.numel, fails)
+    found = list(timing.rows(CPU, "some", MATRIX, [bad, good], seconds=0.0))
+    assert [row["what"] for row in found] == ["bad", "good", "copy"]
+    assert found[0]["note"] == "out of memory"
+    assert "p50_us" not in found[0]
+    for row in found[1:]:
+        assert 0 < float(row["p20_us"]) <= float(row["p50_us"]) <= float(row["p80_us"])
+        rate = int(row["bytes"]) / float(row["p50_us"]) / 1e3
+        assert float(row["gb_per_s"]) == pytest.approx(rate, rel=0.05, abs=0.01)
+        assert set(row) <= set(suite.FIELDS)
+    assert float(found[-1]["of_copy"]) == 1.0
+
+
+def test_sets_are_larger_than_the_cache_and_used_in_turn():
+    where = CPU._replace(cache=50_000)
+    sets = timing.sets_of(MATRIX, where)
+    assert sum(p.nbytes + g.nbytes for s in sets for p, g in zip(*s)) > 3 * where.cache
+    used = []
+    clock = timing._OnCpu([lambda i=i: used.append(i) for i in range(len(sets))])
+    used.clear()
+    clock.sample()
+    clock.sample()
+    assert all(b == (a + 1) % len(sets) for a, b in itertools.pairwise(used))
+    assert torch.cat([p.flatten() for s in sets for p in s.params]).unique().numel() > 100
+
+
+def test_shapes():
+    known = shapes.of_models()
+    assert known[(4096, 4096)].name == targets.SQUARE
+    assert known[(22016, 8192)].numel >= shapes.LARGE
+    assert {(4096,), (32000, 4096), (128256, 4096), (8192, 8192)} <= set(known)
+    sizes = [2 * case.numel for case in shapes.sweep()]
+    assert (sizes[0], sizes[-1]) == (2**10, 2**30)
+    assert len(shapes.experts(2**29).shapes) == 18_000
+    assert shapes.experts(2**26).numel <= 2**26
+
+
+# -- jobs, rows, targets ---------------------------------------------------------------------------
+
+
+def job(rank, name, numel=1, rows=()):
+    return suite.Job(rank, name, lambda seconds: iter(rows), numel)
+
+
+def test_jobs_run_by_rank_within_the_budget(tmp_path):
+    ran = []
+    listed = [job(2, "second"), job(0, "first"), job(1, "too large", numel=5000)]
+    left = suite.run([lambda _: listed], CPU, 1.0, tmp_path / "rows.csv", say=ran.append)
+    assert [line.rpartition("] ")[2] for line in ran] == ["first", "second"]
+    assert left == []
+    assert suite.run([lambda _: listed], CPU, 0.0, tmp_path / "rows.csv") == ["first", "second"]
+    ran.clear()
+    suite.run([lambda _: listed], CPU, 1.0, tmp_path / "rows.csv", "sec", say=ran.append)
+    assert len(ran) == 1
+
+
+def test_new_rows_replace_those_of_the_same_measurement(tmp_path):
+    path = tmp_path / "rows.csv"
+    for us in (1.0, 2.0):
+        rows = [{"bench": "b", "case": "c", "what": what, "p50_us": us} for what in ("x", "y")]
+        record.merge(path, rows if us == 1.0 else rows[:1], suite.KEY, suite.FIELDS)
+    found = record.load(path)
+    assert [(row["what"], row["p50_us"]) for row in found] == [("x", "2.0"), ("y", "1.0")]
+    for name in ("date", "device", "versions", "commit", "clocks"):
+        assert found[0][name], name
+
+
+def row(bench, case, what, options, us, dtype="bfloat16", **more):
+    found = dict.fromkeys(suite.FIELDS, "")
+    given = {"bench": bench, "case": case, "what": what, "options": options, "dtype": dtype}
+    return {**found, **given, "p50_us": str(us), "numel": str(2**24), "tensors": "1", **more}
+
+
+def test_targets_are_met_missed_or_not_measured():
+    square = targets.SQUARE
+    rows = [
+        row("lomo_update", square, "native", "plain", 40, of_copy="0.81"),
+        row("lomo_update", square, "p.add_", "plain", 30),
+        row("lomo_update", f"{square}, options", "native", "plain", 40),
+        row("lomo_update", f"{square}, options", "native", "all", 40.8),
+        row("lomo_update", "large", "native", "plain", 40, numel=str(2 * 10**8), of_copy="0.98"),
+        row("lomo_update", "larger", "native", "plain", 40, numel=str(3 * 10**8), of_copy="0.95"),
+        row("lomo_update", "18000 experts", "native", "plain", 9, of_copy="0.5", tensors="18000"),
+        row("host", "2000 tensors", "Lomo", "", 9, host_reads="0"),
+    ]
+    found = {
+        text: (value, verdict)
+        for _, text, _, value, verdict in targets.check(
+            {targets.H200: rows, targets.CPU: []}.__getitem__
+        )
+    }
+    assert found["update of 4096x4096 alone, of the copy rate"] == ("0.81", "met")
+    assert found["p.add_ at 4096x4096, times ours"] == ("0.75", "missed")
+    assert found["all options, times the plain update"] == ("1.02", "met")
+    assert found["update of 180 M elements and more, of the copy rate"] == ("0.95", "missed")
+    assert found["18,000 tensors, times the time of their bytes"] == ("2.00", "missed")
+    assert found["host waits in a step"] == ("0.00", "met")
+    assert found["lomo-optim's update, bf16, times ours"] == ("", "not measured")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_command(tmp_path, monkeypatch, capsys):
+    """Small sizes, a second of each bench; then the rows are held to the targets."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    monkeypatch.setattr(timing, "ROUNDS", 3)
+    for only in ("lomo_update: each", "grad_norm", "train_step"):
+        arguments = ["--minutes", "5", "--largest", "4096", "--only", only, "--out", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", ["bench", *arguments])
+        assert bench.main() == 0
+    name = record.device_name()
+    rows = record.load(tmp_path / f"{name}.csv")
+    assert {r["bench"] for r in rows} == {"lomo_update", "grad_norm", "train_step"}
+    steps = {(r["what"], r["options"]): r for r in rows if r["bench"] == "train_step"}
+    assert set(steps) == set(bench_train_step.STEPS)
+    for key in (("Lomo", "auto"), ("AdamW", ""), ("floor", "")):
+        assert float(steps[key]["tokens_per_s"]) > 0
+        assert int(steps[key]["peak_bytes"]) > int(steps[key]["parameters_bytes"]) > 0
+    assert int(steps["Lomo", "unclipped"]["states_bytes"]) == 0
+    assert int(steps["AdamW", ""]["states_bytes"]) > 0
+    files = sorted(p.name for p in (tmp_path / name).iterdir())
+    assert files == ["features.png", "memory.png", "step_time.png"]
+    assert "fastest other" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["bench", "--check", "--out", str(tmp_path)])
+    assert bench.main() == 0
+    assert "not measured" in capsys.readouterr().out
+
+
+def test_no_rows_no_plots(tmp_path):
+    assert list(plots.draw([], tmp_path)) in ([], ["no plots: matplotlib is not installed"])
+
+
+# -- the suite of a machine with a GPU -------------------------------------------------------------
+
+
+def test_the_suite_goes_on_after_a_failure_and_kills_what_hangs(tmp_path, capsys):
+    listed = [
+        gpu_suite.Step("good", "python -c 'print(1)'", 60),
+        gpu_suite.Step("bad", "python -c 'raise SystemExit(3)'", 60),
+        gpu_suite.Step("hangs", "python -c 'import time; time.sleep(600)'", 1),
+        gpu_suite.Step(
+            "sees", "python -c 'import os; print(os.environ[\"X\"])'", 60, {"X": "seen"}
+        ),
+    ]
+    assert not gpu_suite.run_all(listed, tmp_path, minutes=5)
+    lines = (tmp_path / "summary.txt").read_text().splitlines()
+    verdicts = [line[10:22].strip() for line in lines]
+    assert verdicts == ["well", "exit 3", "out of time", "well"]
+    assert (tmp_path / "sees.log").read_text() == "seen\n"
+    assert gpu_suite.run_all(listed[:1], tmp_path, minutes=5)
+
+
+def test_what_the_suite_would_do_with_a_gpu(tmp_path):
+    listed = {step.name: step for step in gpu_suite.steps("90", tmp_path)}
+    assert listed["build"].variables == {"LOMO_CUDA": "ON", "LOMO_CUDA_ARCHS": "90-real"}
+    assert list(listed)[-1] == "bench"
+    assert "LOMO_CUDA=ON" in str(listed["build"])
+    without = {step.name: step for step in gpu_suite.steps(None, tmp_path)}
+    assert without["build"].variables == {}
+    assert {"build", "tests", "touch", "bench"} == set(without)
+
+
+def test_dry_run_does_nothing(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "suite"
+    monkeypatch.setattr(sys, "argv", ["gpu_suite", "--dry-run", "--out", str(folder)])
+    assert gpu_suite.main() == 0
+    assert not folder.exists()
+    assert "pytest" in capsys.readouterr().out
+
+
+def test_touch_runs_every_kernel(capsys):
+    gpu_suite.touch()
+    assert "touched every kernel" in capsys.readouterr().out
