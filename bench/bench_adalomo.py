@@ -12,8 +12,8 @@ import torch
 
 from lomo_kernels import ops
 
-from . import peers, shapes, suite, timing
-from .bench_lomo_update import ALL, PLAIN, backends, options_of
+from . import peers, shapes, suite
+from .bench_lomo_update import ALL, PLAIN, backends, lows, options_of
 from .timing import Rival
 
 LR = 1e-3
@@ -28,13 +28,17 @@ def ours(case, where, backend, name):
     arguments = options_of(where.device)[name]
 
     def make(each):
-        extra = dict(arguments)
-        if extra.get("rounding") == "split":
-            extra["low"] = [torch.zeros_like(p, dtype=torch.int16) for p in each.params]
         states = [ops.adalomo_state(p) for p in each.params]
         sums = [ops.adalomo_sums_(p, backend=backend) for p in each.params]
         return functools.partial(
-            ops.adalomo_update_, *each, states, lr=LR, sums=sums, backend=backend, **extra
+            ops.adalomo_update_,
+            *each,
+            states,
+            lr=LR,
+            sums=sums,
+            backend=backend,
+            **arguments,
+            **lows(each, arguments),
         )
 
     return Rival(backend, name, traffic(case, name), make)
@@ -58,25 +62,17 @@ def rivals(case, where):
 
 
 def jobs(where):
-    known = shapes.of_models()
-    square, large = known[(4096, 4096)], known[(22016, 8192)]
-    small = [case for case in known.values() if case.numel <= where.largest]
-    largest = large if large in small else max(small, key=lambda case: case.numel)
+    square, large, others = shapes.chosen(where.largest)
 
     def job(rank, case):
-        def run(seconds):
-            return timing.rows(where, "adalomo", case, rivals(case, where), seconds)
+        return suite.timed(rank, where, "adalomo", case, rivals)
 
-        return suite.Job(rank, f"adalomo: {case.name}, {case.dtypes}", run, case.numel)
-
-    yield job(2, square)
-    yield job(2, largest)
-    for case in (square, largest):
+    for case in (square, large):
+        yield job(2, case)
         for dtype in (torch.float16, torch.float32):
             yield job(6, case._replace(dtype=dtype, grad_dtype=dtype))
-    for case in small:
-        if case not in (square, largest):
-            yield job(7, case)
+    for case in others:
+        yield job(7, case)
 
 
 if __name__ == "__main__":

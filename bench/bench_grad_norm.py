@@ -11,7 +11,7 @@ import torch
 
 from lomo_kernels import ops
 
-from . import peers, shapes, suite, timing
+from . import peers, shapes, suite
 from .bench_lomo_update import ALL, PLAIN, backends, scalars
 from .timing import Rival
 
@@ -41,21 +41,15 @@ def rivals(case, where):
 
 
 def jobs(where):
-    known = shapes.of_models()
-    square, large = known[(4096, 4096)], known[(22016, 8192)]
-    small = [case for case in known.values() if case.numel <= where.largest]
-    largest = large if large in small else max(small, key=lambda case: case.numel)
+    square, large, _ = shapes.chosen(where.largest)
 
     def job(rank, case):
-        def run(seconds):
-            return timing.rows(where, "grad_norm", case, rivals(case, where), seconds)
-
-        return suite.Job(rank, f"grad_norm: {case.name}, {case.dtypes}", run, case.numel)
+        return suite.timed(rank, where, "grad_norm", case, rivals)
 
     yield job(1, square)
-    yield job(0, largest)
+    yield job(0, large)
     yield job(4, shapes.experts(where.largest))
-    for case in (square, largest):
+    for case in (square, large):
         for dtype in (torch.float16, torch.float32):
             yield job(6, case._replace(dtype=dtype, grad_dtype=dtype))
     for case in shapes.sweep():

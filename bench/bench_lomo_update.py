@@ -50,13 +50,18 @@ def traffic(case, options):
     return case.numel * (2 * size + grad + extra)
 
 
+def lows(each, arguments):
+    """The further argument of "split"."""
+    if arguments.get("rounding") != "split":
+        return {}
+    return {"low": [torch.zeros_like(p, dtype=torch.int16) for p in each.params]}
+
+
 def ours(case, where, backend, name):
     arguments = options_of(where.device)[name]
 
     def make(each):
-        extra = dict(arguments)
-        if extra.get("rounding") == "split":
-            extra["low"] = [torch.zeros_like(p, dtype=torch.int16) for p in each.params]
+        extra = {**arguments, **lows(each, arguments)}
         if len(each.params) == 1:  # as an optimizer's hook calls it
             extra = {k: v[0] if k == "low" else v for k, v in extra.items()}
             each = timing.Set(*(tensors[0] for tensors in each))
@@ -135,33 +140,26 @@ def features(case, where):
 
 def jobs(where):
     """Most informative first."""
-    known = shapes.of_models()
-    square, large = known[(4096, 4096)], known[(22016, 8192)]
-    small = [case for case in known.values() if case.numel <= where.largest]
-    largest = max(small, key=lambda case: case.numel)
+    square, large, others = shapes.chosen(where.largest)
     half, single = torch.float16, torch.float32
 
-    def job(rank, name, case, of=rivals):
-        def run(seconds):
-            return timing.rows(where, "lomo_update", case, of(case, where), seconds)
+    def job(rank, case, of=rivals):
+        return suite.timed(rank, where, "lomo_update", case, of)
 
-        return suite.Job(rank, f"lomo_update: {name or case.name}", run, case.numel)
-
-    yield job(0, None, square)
-    yield job(0, None, large if large in small else largest)
-    for case in (square, large if large in small else largest):
-        yield job(3, f"each option, {case.name}", case._replace(name=f"{case.name}, options"),
-                  features)  # fmt: skip
-    for dtype, grad in ((half, half), (single, single), (torch.bfloat16, single), (single, half)):
-        for case in (square, largest):
-            other = case._replace(dtype=dtype, grad_dtype=grad)
-            yield job(2 if dtype is half else 6, f"{case.name}, {other.dtypes}", other)
-    yield job(2, None, shapes.experts(where.largest))
-    for case in small:
-        if case not in (square, large, largest):
-            yield job(5, None, case)
+    yield job(0, square)
+    yield job(0, large)
+    yield job(2, shapes.experts(where.largest))
+    for case in (square, large):
+        yield job(3, case._replace(name=f"{case.name}, options"), features)
+        for dtype, grad in (
+            (half, half), (single, single), (torch.bfloat16, single), (single, half)
+        ):  # fmt: skip
+            rank = 2 if dtype is grad else 6
+            yield job(rank, case._replace(dtype=dtype, grad_dtype=grad))
+    for case in others:
+        yield job(5, case)
     for case in shapes.sweep():
-        yield job(7, None, case)
+        yield job(7, case)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,16 @@ def of_models():
     return {size: Case(name, (size,)) for size, name in found.items()}
 
 
+def chosen(largest):
+    """-> a square matrix; the large one, or what comes nearest to it; the other cases that fit."""
+    known = of_models()
+    square, large = known[(4096, 4096)], known[(22016, 8192)]
+    fitting = [case for case in known.values() if case.numel <= largest]
+    if large not in fitting:
+        large = max(fitting, key=lambda case: case.numel)
+    return square, large, [case for case in fitting if case not in (square, large)]
+
+
 def sweep():
     """From 1 KB to 1 GB of parameters."""
     for power in range(10, 31, 2):

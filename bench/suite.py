@@ -30,6 +30,15 @@ class Job(NamedTuple):
     numel: int = 0
 
 
+def timed(rank, where, bench, case, rivals):
+    """The job that times `rivals(case, where)`."""
+
+    def run(seconds):
+        return timing.rows(where, bench, case, rivals(case, where), seconds)
+
+    return Job(rank, f"{bench}: {case.name}, {case.dtypes}", run, case.numel)
+
+
 def run(jobs, where, minutes, path, only="", say=print):
     """Runs what fits into the budget; -> names of the jobs for which there was no time.
 

@@ -247,7 +247,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     """Small sizes, a second of each bench; then the rows are held to the targets."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     monkeypatch.setattr(timing, "ROUNDS", 3)
-    for only in ("lomo_update: each", "grad_norm", "train_step"):
+    for only in ("options", "grad_norm", "train_step"):
         arguments = ["--minutes", "5", "--largest", "4096", "--only", only, "--out", str(tmp_path)]
         monkeypatch.setattr(sys, "argv", ["bench", *arguments])
         assert bench.main() == 0
