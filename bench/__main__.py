@@ -45,11 +45,15 @@ def check(folder):
     return lines, any(verdict == "missed" for *_, verdict in found)
 
 
-def main():
+def parser():
     parser = suite.parser(__doc__.split("\n\n")[0])
     parser.add_argument("--only", default="", help="jobs whose name has this text")
     parser.add_argument("--check", action="store_true", help="hold the rows to the targets")
-    options = parser.parse_args()
+    return parser
+
+
+def main():
+    options = parser().parse_args()
     if options.check:
         lines, missed = check(options.out)
         print("\n".join(lines))

@@ -107,7 +107,10 @@ def rivals(case, where):
         found.append(with_norm(case, where, backend))
     full = traffic(case, ALL)
     arguments = options_of(where.device)[ALL]
-    for what, sequence in (("eager, reference's", peers.sequence), ("eager, best", peers.shortest)):
+    for what, sequence in (
+        ("eager, reference's", peers.sequence),
+        ("eager, fewest passes", peers.shortest),
+    ):
         found.append(Rival(what, ALL, full, functools.partial(sequence, lr=LR, **arguments)))
     if case.dtype is not case.grad_dtype:
         return found

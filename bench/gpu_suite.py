@@ -145,13 +145,17 @@ def architecture():
     return "".join(map(str, torch.cuda.get_device_capability()))
 
 
-def main():
+def parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--minutes", type=float, help="budget; 9 on a GPU, 40 without one")
     parser.add_argument("--out", type=Path, default=Path("suite"), help="folder of the results")
     parser.add_argument("--dry-run", action="store_true", help="only say what it would do")
     parser.add_argument("--touch", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser
+
+
+def main():
+    options = parser().parse_args()
     if options.touch:
         return touch()
     folder, found = options.out.resolve(), architecture()

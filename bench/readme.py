@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-from . import memory, record, strategies
+from . import memory, performance, record, strategies
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,31 +46,10 @@ def finetune():
     return _table(head, body) + _source(rows, "cpu_finetune")
 
 
-def update():
-    rows = record.read("cpu_lomo_update")
-    eager = {r["dtype"]: float(r["p50_ms"]) for r in rows if r["what"] == "eager, all options"}
-    body = [
-        [
-            r["dtype"],
-            r["what"],
-            f"{float(r['p50_ms']):.1f}",
-            r["gb_per_s"],
-            f"{eager[r['dtype']] / float(r['p50_ms']):.1f}x" if "norm" not in r["what"] else "",
-        ]
-        for r in rows
-        if r["what"] != "copy"
-    ]
-    head = ["dtype", "what", "ms", "GB/s", "eager / this"]
-    return (
-        f"{int(rows[0]['numel']) / 2**20:.0f} Mi elements, median; GB/s counts the bytes that must "
-        "move.\n\n" + _table(head, body) + _source(rows, "cpu_lomo_update")
-    )
-
-
 PAGES = {
     "README.md": {
         "finetune": finetune,
-        "update": update,
+        "performance": performance.performance,
         "strategies": strategies.table,
         "cards": memory.cards,
     },

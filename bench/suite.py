@@ -96,6 +96,19 @@ def table(rows):
         )
 
 
+def lines(rows):
+    """A line for each row: median, and from the 20th to the 80th percentile."""
+    for r in rows:
+        name = ", ".join(filter(None, (r["case"], r["dtype"], r["what"], r["options"])))
+        if not r["p50_us"]:
+            yield f"{name:80} {r['note']}"
+            continue
+        times = f"{duration(r['p50_us'])} ({duration(r['p20_us'])} to {duration(r['p80_us'])})"
+        shares = (("GB/s", "gb_per_s"), ("of copy", "of_copy"), ("of sheet", "of_sheet"))
+        rates = [f"{float(r[column]):.2f} {unit}" for unit, column in shares if r[column]]
+        yield f"{name:80} {times:36} {', '.join(rates)}"
+
+
 def duration(microseconds):
     us = float(microseconds)
     return f"{us:.1f} us" if us < 1e4 else f"{us / 1e3:.1f} ms" if us < 1e6 else f"{us / 1e6:.2f} s"
@@ -114,6 +127,10 @@ def main(jobs, text):
     options = parser(text.split("\n\n")[0]).parse_args()
     where = timing.Where.here(options.largest)
     path = options.out / f"{record.device_name()}.csv"
-    for name in run(jobs, where, options.minutes, path):
+    before = {tuple(row[k] for k in KEY): row for row in record.load(path)}
+    left = run(jobs, where, options.minutes, path)
+    new = [row for row in record.load(path) if before.get(tuple(row[k] for k in KEY)) != row]
+    print("\n".join(lines(new)))
+    for name in left:
         print(f"no time for {name}")
     print(path)

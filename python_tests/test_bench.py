@@ -269,6 +269,16 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert "not measured" in capsys.readouterr().out
 
 
+def test_a_bench_alone_prints_every_row(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(timing, "ROUNDS", 3)
+    arguments = ["--minutes", "5", "--largest", "4096", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["bench_grad_norm", *arguments])
+    suite.main([bench_grad_norm.jobs], bench_grad_norm.__doc__)
+    rows = record.load(tmp_path / f"{record.device_name()}.csv")
+    printed = capsys.readouterr().out
+    assert printed.count(" of copy") == len(rows) > 20
+
+
 def test_no_rows_no_plots(tmp_path):
     assert list(plots.draw([], tmp_path)) in ([], ["no plots: matplotlib is not installed"])
 

@@ -1,6 +1,7 @@
 """README keeps its promises: commands, options, names, numbers and code."""
 
 import argparse
+import importlib
 import re
 import subprocess
 import sys
@@ -29,23 +30,31 @@ def test_every_public_name_is_listed(module):
 
 
 def options(command):
-    parser = cli._parser()
-    commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    for action in commands.choices[command]._actions:
-        if not isinstance(action, argparse._HelpAction):
+    if command.startswith("bench"):
+        pytest.importorskip("transformers", reason="transformers is not installed")
+        parser = importlib.import_module(command).parser()
+    else:
+        parser = cli._parser()
+        commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+        parser = commands.choices[command]
+    for action in parser._actions:
+        if not isinstance(action, argparse._HelpAction) and action.help != argparse.SUPPRESS:
             yield action.option_strings[0]
 
 
-@pytest.mark.parametrize("command", ["finetune", "plan"])
+COMMANDS = ["finetune", "plan", "bench.__main__", "bench.gpu_suite"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_has_a_line_and_a_test(command):
-    tests = (ROOT / "python_tests" / f"test_{command}.py").read_text()
+    tests = (ROOT / "python_tests" / f"test_{command.partition('.')[0]}.py").read_text()
     for option in options(command):
         assert f"`{option}`" in README, option
         assert f'"{option}"' in tests, option
 
 
 def test_every_option_that_is_mentioned_is_there():
-    known = {*options("finetune"), *options("plan")}
+    known = {option for command in COMMANDS for option in options(command)}
     assert set(re.findall(r"`(--[a-z-]+)`", README)) <= known
 
 
