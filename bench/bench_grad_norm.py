@@ -12,7 +12,7 @@ import torch
 from lomo_kernels import ops
 
 from . import peers, shapes, suite
-from .bench_lomo_update import ALL, PLAIN, backends, scalars
+from .bench_lomo_update import ALL, PLAIN, backends, captured, scalars
 from .timing import Rival
 
 
@@ -24,7 +24,7 @@ def ours(case, where, backend, name):
         sumsq = torch.zeros(len(each.grads), device=where.device)
         return functools.partial(ops.grad_sumsq_, sumsq, each.grads, backend=backend, **arguments)
 
-    return Rival(backend, name, traffic(case), make)
+    return Rival(backend, name, traffic(case), make, captured(case, backend))
 
 
 def traffic(case):

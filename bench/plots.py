@@ -2,7 +2,13 @@
 
 import importlib.util
 
-COLOURS = {"native": "#c0392b", "triton": "#8e44ad", "Lomo": "#c0392b", "AdaLomo": "#e67e22"}
+COLOURS = {
+    "native": "#c0392b",
+    "triton": "#8e44ad",
+    "Lomo": "#c0392b",
+    "AdaLomo": "#e67e22",
+    "lomo-optim": "#2c3e50",
+}
 CATEGORIES = ("parameters", "gradients", "states", "activations", "other")
 
 

@@ -2,12 +2,14 @@
 the same minutes.
 
 Note [Cold data]: each rival has several sets of tensors, together more than three times the last
-level of cache (at most `SETS` of them), and uses each set once before any again. On a GPU as much
-other memory is read before a sample starts, so small sets are cold too.
+level of cache, and uses each set once before any again. There are at most `SETS` of them, so
+tensors of less than a few hundred KB are in the cache all the same. On a GPU as much other memory
+is read before a sample starts.
 
 Note [Host time]: on a GPU the calls on all sets are captured into one CUDA graph, and a sample is
-one replay between two events; what stops the host cannot be captured and is timed between events
-as it is called. `host_us` is the wall time of plain calls. On the CPU there is one time.
+one replay between two events; what stops the host or hands it memory cannot be captured and is
+timed between events as it is called. `host_us` is the wall time of plain calls. On the CPU there is
+one time.
 """
 
 import math
@@ -20,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-SETS = 64
+SETS = {"cpu": 64, "cuda": 1024}
 ROUNDS = 25
 # Bytes per second that the makers' data sheets give for device memory, by a part of torch's name.
 SHEETS = {
@@ -64,12 +66,14 @@ class Set(NamedTuple):
 
 
 class Rival(NamedTuple):
-    """bytes: what the job must move, whoever does it. make(set) -> function of no arguments."""
+    """bytes: what the job must move, whoever does it. make(set) -> function of no arguments.
+    captured: whether a CUDA graph of it does the same again."""
 
     what: str
     options: str
     bytes: int
     make: Callable
+    captured: bool = True
 
 
 class Times(NamedTuple):
@@ -86,7 +90,7 @@ class Times(NamedTuple):
 def sets_of(case, where):
     """See Note [Cold data]; weights and gradients as large as those of a model at work."""
     size = case.numel * sum(case.sizes)
-    count = min(SETS, 1 + math.ceil(3 * where.cache / size))
+    count = min(SETS[where.device.type], 1 + math.ceil(3 * where.cache / size))
 
     def tensors(dtype, deviation):
         flat = torch.randn(case.numel, device=where.device).mul_(deviation).to(dtype)
@@ -118,19 +122,28 @@ class _OnCpu:
 
 
 class _OnGpu:
-    def __init__(self, runs, size, flush):
+    def __init__(self, runs, rival, flush):
+        size = rival.bytes
         self.runs = runs * math.ceil(256e6 / max(size * len(runs), 4e6))
         self.flush, self.graph = flush, None
         for run in runs:  # compiles and allocates
             run()
         torch.cuda.synchronize()
-        self.how = "events" if _stops_the_host(runs[0]) else "graph"
-        if self.how == "graph":
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self._call()
+        if rival.captured and not _stops_the_host(runs[0]):
+            self.graph = self._capture()
+        self.how = "graph" if self.graph is not None else "events"
         self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         self.sample()
+
+    def _capture(self):
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph):
+                self._call()
+        except RuntimeError:
+            torch.cuda.set_stream(stream)  # a capture that failed leaves its own
+            return None
+        return graph
 
     def _call(self):
         for run in self.runs:
@@ -171,7 +184,7 @@ def compare(where, case, rivals, seconds):
     for i, rival in enumerate(rivals):
         try:
             runs = [rival.make(each) for each in sets]
-            clocks[i] = _OnGpu(runs, rival.bytes, flush) if where.gpu else _OnCpu(runs)
+            clocks[i] = _OnGpu(runs, rival, flush) if where.gpu else _OnCpu(runs)
         except Exception as error:  # a rival that cannot do this case is a row that says so
             failed[i] = error
     samples = {i: [] for i in clocks}

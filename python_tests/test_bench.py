@@ -1,5 +1,6 @@
 """The benchmarks: rivals do the work that they are timed for, rows say what was measured."""
 
+import contextlib
 import itertools
 import math
 import sys
@@ -166,6 +167,68 @@ def test_sets_are_larger_than_the_cache_and_used_in_turn():
     clock.sample()
     assert all(b == (a + 1) % len(sets) for a, b in itertools.pairwise(used))
     assert torch.cat([p.flatten() for s in sets for p in s.params]).unique().numel() > 100
+
+
+class FakeGraph:
+    """Captures nothing; keeps what was done to it."""
+
+    replays = 0
+
+    def replay(self):
+        FakeGraph.replays += 1
+
+
+class FakeEvent:
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = FakeGraph.replays
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return 8.0  # milliseconds
+
+
+@pytest.mark.parametrize("kind", ["graph", "stops the host", "fails in a capture", "no capture"])
+def test_timing_on_a_gpu_without_one(monkeypatch, kind):
+    """The course of it: warm up, capture or not, read other memory, replay between events."""
+    monkeypatch.setattr(FakeGraph, "replays", 0)
+    done, modes = [], []
+
+    @contextlib.contextmanager
+    def capture(graph):
+        if kind == "fails in a capture":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        yield
+
+    def set_mode(mode):
+        modes.append(mode)
+
+    def run():
+        if kind == "stops the host" and modes[-1:] == ["error"]:
+            raise RuntimeError("called a synchronizing CUDA operation")
+        done.append("run")
+
+    for name, fake in {
+        "synchronize": lambda: None, "set_sync_debug_mode": set_mode, "CUDAGraph": FakeGraph,
+        "graph": capture, "Event": FakeEvent, "current_stream": lambda: "stream",
+        "set_stream": done.append,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+    rival = timing.Rival("it", "", 10**8, None, captured=kind != "no capture")
+    clock = timing._OnGpu([run, run], rival, lambda: done.append("flush"))
+    assert clock.how == ("graph" if kind == "graph" else "events")
+    assert len(clock.runs) == 4  # more than 256 MB of traffic
+    assert ("stream" in done) == (kind == "fails in a capture")
+    done.clear()
+    assert clock.sample() == 8.0 / 4 * 1e3
+    assert done == ["flush"] + ([] if kind == "graph" else ["run"] * 4)
+    assert FakeGraph.replays == (2 if kind == "graph" else 0)
+    assert clock.host() > 0
+    assert modes in ([], ["error", "default"])
 
 
 def test_shapes():
