@@ -232,4 +232,4 @@ def jobs(where):
 
 
 if __name__ == "__main__":
-    suite.main([jobs], __doc__)
+    raise SystemExit(suite.main([jobs], __doc__))

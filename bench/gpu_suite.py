@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 
 ROOT = Path(__file__).parent.parent
+BENCH = 200  # seconds that the steps before it leave for the bench
 TOUCH = "python -m bench.gpu_suite --touch"
 
 
@@ -92,7 +93,8 @@ def run_all(listed, folder, minutes):
         print(step, flush=True)
         log = folder / f"{step.name.replace(' ', '_')}.log"
         begun = time.monotonic()
-        status = run(step, log, max(1.0, min(step.seconds, left)))
+        kept = 0 if step.name == "bench" else BENCH
+        status = run(step, log, max(1.0, min(step.seconds, left - kept)))
         good &= status == 0
         verdict = {0: "well", 124: "out of time"}.get(status, f"exit {status}")
         lines.append(

@@ -40,7 +40,7 @@ def timed(rank, where, bench, case, rivals):
 
 
 def run(jobs, where, minutes, path, only="", say=print):
-    """Runs what fits into the budget; -> names of the jobs for which there was no time.
+    """Runs what fits into the budget; -> lines about the jobs that failed or had no time.
 
     jobs: functions that take `where` and yield jobs. only: a text that their names have to have.
     """
@@ -58,12 +58,19 @@ def run(jobs, where, minutes, path, only="", say=print):
     for i, job in enumerate(jobs):
         remaining = end - time.monotonic()
         if remaining <= 0:
-            left.append(job.name)
+            left.append(f"no time for {job.name}")
             continue
         say(f"[{i + 1}/{len(jobs)}, {remaining:.0f} s left] {job.name}")
         # No job takes more than it can of what is left, and none more than it needs.
         seconds = max(0.1, min(6.0, remaining / 20))
-        record.merge(path, job.run(seconds), KEY, FIELDS)
+        rows = []
+        try:
+            for row in job.run(seconds):
+                rows.append(row)  # those before a failure are kept
+        except Exception as error:  # the other jobs' time is not lost for it
+            left.append(f"failed: {job.name}: {timing.note(error)}")
+            say(left[-1])
+        record.merge(path, rows, KEY, FIELDS)
         gc.collect()
         if where.gpu:
             torch.cuda.empty_cache()
@@ -114,10 +121,25 @@ def duration(microseconds):
     return f"{us:.1f} us" if us < 1e4 else f"{us / 1e3:.1f} ms" if us < 1e6 else f"{us / 1e6:.2f} s"
 
 
+SMALLEST = 4096  # elements of the smallest tensor of the models
+
+
+def _elements(text):
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < SMALLEST:
+        raise argparse.ArgumentTypeError(
+            f"wanted a whole number of at least {SMALLEST}, got {text!r}"
+        )
+    return number
+
+
 def parser(text):
     parser = argparse.ArgumentParser(description=text)
     parser.add_argument("--minutes", type=float, default=8.0, help="budget of time")
-    parser.add_argument("--largest", type=int, help="elements of a case, at most")
+    parser.add_argument("--largest", type=_elements, help="elements of a case, at most")
     parser.add_argument("--out", type=Path, default=record.RESULTS, help="folder of the rows")
     return parser
 
@@ -131,6 +153,5 @@ def main(jobs, text):
     left = run(jobs, where, options.minutes, path)
     new = [row for row in record.load(path) if before.get(tuple(row[k] for k in KEY)) != row]
     print("\n".join(lines(new)))
-    for name in left:
-        print(f"no time for {name}")
-    print(path)
+    print("\n".join([*left, str(path)]))
+    return any(line.startswith("failed") for line in left)

@@ -255,10 +255,33 @@ def test_jobs_run_by_rank_within_the_budget(tmp_path):
     left = suite.run([lambda _: listed], CPU, 1.0, tmp_path / "rows.csv", say=ran.append)
     assert [line.rpartition("] ")[2] for line in ran] == ["first", "second"]
     assert left == []
-    assert suite.run([lambda _: listed], CPU, 0.0, tmp_path / "rows.csv") == ["first", "second"]
+    late = suite.run([lambda _: listed], CPU, 0.0, tmp_path / "rows.csv")
+    assert late == ["no time for first", "no time for second"]
     ran.clear()
     suite.run([lambda _: listed], CPU, 1.0, tmp_path / "rows.csv", "sec", say=ran.append)
     assert len(ran) == 1
+
+
+def test_a_job_that_fails_does_not_stop_the_others(tmp_path):
+    def fails(seconds):
+        yield {"bench": "b", "case": "before", "p50_us": 1.0}
+        raise ValueError("no such thing")
+
+    after = job(1, "after", rows=[{"bench": "b", "case": "after", "p50_us": 2.0}])
+    listed, path = [suite.Job(0, "bad", fails), after], tmp_path / "rows.csv"
+    left = suite.run([lambda _: listed], CPU, 1.0, path, say=lambda line: None)
+    assert left == ["failed: bad: ValueError: no such thing"]
+    assert [row["case"] for row in record.load(path)] == ["before", "after"]
+
+
+@pytest.mark.parametrize("value", ["0", "100", "many"])
+def test_the_largest_case_has_a_tensor(value, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench", "--largest", value])
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert f"--largest: wanted a whole number of at least 4096, got '{value}'" in (
+        capsys.readouterr().err
+    )
 
 
 def test_new_rows_replace_those_of_the_same_measurement(tmp_path):
