@@ -26,7 +26,8 @@ def processor():
 
 
 def commit():
-    """Of the code that is measured; a tree with changes is marked, it is nobody's commit."""
+    """Of the code that is measured; a tree with changes is marked, it is nobody's commit; one that
+    git does not know is "unknown"."""
     root = Path(__file__).parent.parent
 
     def git(*arguments):
@@ -34,8 +35,11 @@ def commit():
             ["git", "-C", root, *arguments], capture_output=True, text=True, check=True
         ).stdout.strip()
 
-    changed = git("status", "--porcelain", "--", "csrc", "lomo_kernels", "bench/*.py")
-    return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
+    try:
+        changed = git("status", "--porcelain", "--", "csrc", "lomo_kernels", "bench/*.py")
+        return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 COMMIT = commit()  # when the code is loaded, not when the rows are written

@@ -295,6 +295,15 @@ def test_new_rows_replace_those_of_the_same_measurement(tmp_path):
         assert found[0][name], name
 
 
+def test_rows_of_a_tree_without_git(monkeypatch):
+    def no_git(*arguments, **options):
+        raise FileNotFoundError("git")
+
+    assert record.commit() == record.COMMIT or "+changes" in record.commit()
+    monkeypatch.setattr(record.subprocess, "run", no_git)
+    assert record.commit() == "unknown"
+
+
 def row(bench, case, what, options, us, dtype="bfloat16", **more):
     found = dict.fromkeys(suite.FIELDS, "")
     given = {"bench": bench, "case": case, "what": what, "options": options, "dtype": dtype}
