@@ -162,7 +162,7 @@ def test_triton_kernels(ranges, far, monkeypatch):
     from triton.runtime import interpreter
 
     from lomo_kernels.ops import reference
-    from lomo_kernels.ops import triton as kernels
+    from lomo_kernels.ops.triton import adalomo, grad_sumsq, lomo_update
 
     def program(number):
         builder = interpreter.interpreter_builder
@@ -175,10 +175,10 @@ def test_triton_kernels(ranges, far, monkeypatch):
     p, g = ranges(count), ranges(count)
     g.elements(far, 1).fill_(1.0)
     first_p, first_g = (m.elements(0, 1).view(torch.int16) for m in (p, g))
-    program(far // kernels.BLOCK)
-    kernels.lomo_update_kernel[(1,)](
+    program(far // lomo_update.BLOCK)
+    lomo_update.lomo_update_kernel[(1,)](
         first_p, first_g, None, count, 0, 0, 1.0, 1.0, float("inf"), 0, 0, None, None, None, None,
-        P="bfloat16", G="bfloat16", ROUNDING="nearest", GROUPED=True, SIZE=kernels.BLOCK,
+        P="bfloat16", G="bfloat16", ROUNDING="nearest", GROUPED=True, SIZE=lomo_update.BLOCK,
     )  # fmt: skip
     assert p.elements(far, 1).item() == -1.0
     assert p.elements(far - 2048, 4096).count_nonzero() == 1
@@ -186,7 +186,7 @@ def test_triton_kernels(ranges, far, monkeypatch):
     chunk = far // reference.NORM_CHUNK
     program(chunk)
     partials = torch.zeros(chunk + 2)
-    kernels.sumsq_chunk_kernel[(1,)](
+    grad_sumsq.sumsq_chunk_kernel[(1,)](
         first_g, count, None, None, partials, G="bfloat16",
         LEVELS=11, ROWS=reference.NORM_CHUNK // reference.NORM_LANES,
     )  # fmt: skip
@@ -195,7 +195,7 @@ def test_triton_kernels(ranges, far, monkeypatch):
     tile = far // 4096 // 64 * 16 + far % 4096 // 256
     program(tile)
     sums = torch.zeros(tile + 2)
-    kernels.ada_sums_kernel[(1,)](
+    adalomo.ada_sums_kernel[(1,)](
         first_g, sums, count // 4096, 4096, count, count // 4096 // 64, 16, P="bfloat16"
     )
     assert sums.nonzero().flatten().tolist() == [tile]

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from lomo_kernels.ops import native, reference
-from lomo_kernels.ops import triton as kernels
+from lomo_kernels.ops.triton import common as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMATS = {"bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -50,7 +50,7 @@ def test_more_chunks_than_lanes(backend):
     """The sum over chunks has more than one row too."""
     if backend.id == "triton-interpreter":  # 2,000 chunks would take it half a minute
         from lomo_kernels.ops import reference
-        from lomo_kernels.ops import triton as kernels
+        from lomo_kernels.ops.triton import grad_sumsq as kernels
 
         partials, total = torch.rand(2 * LANES + 5), torch.zeros(1)
         kernels.sum_partials_kernel[(1,)](partials, partials.numel(), total, LEVELS=11)

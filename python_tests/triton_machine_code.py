@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lomo_kernels.ops import reference
-from lomo_kernels.ops import triton as kernels
+from lomo_kernels.ops.triton import adalomo, common, decide, grad_sumsq, lomo_update
 
 SCALARS = {
     "n": "i64", "offset": "i64", "param_id": "i32", "lr": "fp32", "decay": "fp32",
@@ -52,7 +52,7 @@ def compile_kernel(kernel, target, types, num_warps, **constants):
     ]
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": num_warps, **kernels._EXACT}
+    options = {"num_warps": num_warps, **common.EXACT}
     return triton.compile(source, target=target, options=options)
 
 
@@ -63,23 +63,25 @@ def cases(target):
         ("float16", "float16", "stochastic"), ("float32", "float32", "nearest"),
     ):  # fmt: skip
         constants = {
-            "P": param, "G": grad, "ROUNDING": rounding, "GROUPED": True, "SIZE": kernels.BLOCK,
+            "P": param, "G": grad, "ROUNDING": rounding, "GROUPED": True, "SIZE": lomo_update.BLOCK,
         }  # fmt: skip
         types = {"p_ptr": pointer(param), "g_ptr": pointer(grad)}
         low = {} if rounding == "split" else {"low_ptr": None}
         warps = 4 if target.backend == "cuda" else 2
         yield (
             f"update-{param}-{rounding}",
-            compile_kernel(kernels.lomo_update_kernel, target, types, warps, **constants, **low),
+            compile_kernel(
+                lomo_update.lomo_update_kernel, target, types, warps, **constants, **low
+            ),
         )
         if param == "bfloat16":
             yield f"list-{param}-{rounding}", compile_kernel(
-                kernels.lomo_update_list_kernel, target, types, warps, **constants, ALIGNED=True,
-                P_INT=kernels.tl.int16, G_INT=kernels.tl.int16,
+                lomo_update.lomo_update_list_kernel, target, types, warps, **constants,
+                ALIGNED=True, P_INT=triton.language.int16, G_INT=triton.language.int16,
             )  # fmt: skip
     for dtype in ("bfloat16", "float16", "float32"):
         yield f"sumsq-{dtype}", compile_kernel(
-            kernels.sumsq_chunk_kernel, target, {"g_ptr": pointer(dtype)},
+            grad_sumsq.sumsq_chunk_kernel, target, {"g_ptr": pointer(dtype)},
             8 if target.backend == "cuda" else 4, G=dtype, LEVELS=11,
             ROWS=reference.NORM_CHUNK // reference.NORM_LANES,
         )  # fmt: skip
@@ -90,20 +92,20 @@ def cases(target):
         types, warps = {"g_ptr": pointer(dtype)}, 8 if target.backend == "cuda" else 4
         yield (
             f"ada_stats-{dtype}",
-            compile_kernel(kernels.ada_stats_kernel, target, types, warps, G=dtype),
+            compile_kernel(adalomo.ada_stats_kernel, target, types, warps, G=dtype),
         )
         yield (
             f"ada_norm-{dtype}",
-            compile_kernel(kernels.ada_norm_kernel, target, types, warps, G=dtype, FACTORED=True),
+            compile_kernel(adalomo.ada_norm_kernel, target, types, warps, G=dtype, FACTORED=True),
         )
         for rounding in roundings:
             low = {} if rounding == "split" else {"low_ptr": None}
             yield f"ada_update-{dtype}-{rounding}", compile_kernel(
-                kernels.ada_update_kernel, target, types | {"p_ptr": pointer(dtype)}, warps,
+                adalomo.ada_update_kernel, target, types | {"p_ptr": pointer(dtype)}, warps,
                 P=dtype, G=dtype, ROUNDING=rounding, GROUPED=True, FACTORED=True, **low,
             )  # fmt: skip
     yield "decide", compile_kernel(
-        kernels.decide_kernel, target, {}, 4, CLIP=True, GROWTH=2.0, BACKOFF=0.5, INTERVAL=2000,
+        decide.decide_kernel, target, {}, 4, CLIP=True, GROWTH=2.0, BACKOFF=0.5, INTERVAL=2000,
         LEVELS=8,
     )  # fmt: skip
 

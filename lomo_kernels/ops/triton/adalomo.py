@@ -1,0 +1,352 @@
+"""AdaLomo: csrc/adalomo.h, Note [Tiles]."""
+
+import triton
+import triton.language as tl
+
+from .. import reference
+from .common import (
+    EXACT,
+    as_bits,
+    bits_to_float,
+    clipped,
+    deal,
+    is_finite,
+    merge,
+    name_of,
+    on_current,
+    one_or,
+    pick,
+    random_group,
+    round_nearest,
+    round_stochastic,
+    split_high,
+    split_low,
+)
+from .grad_sumsq import add_neighbours, sum_lanes
+
+
+@triton.jit
+def inverse_root(x):
+    return tl.where(is_finite(x), tl.div_rn(1.0, tl.sqrt_rn(x)), float("nan"))
+
+
+@triton.jit
+def weight_of(step, weights_ptr, weights_count):
+    return tl.load(weights_ptr + tl.minimum(step, weights_count - 1))
+
+
+@triton.jit
+def moment(before, square, weight, eps):
+    return before * (1.0 - weight) + weight * (square + eps)
+
+
+@triton.jit
+def add_eight(lanes):
+    """[8, 256] -> [256]: neighbouring rows in pairs."""
+    left, right = tl.split(tl.permute(tl.reshape(lanes, [4, 2, 256]), (0, 2, 1)))
+    left, right = tl.split(tl.permute(tl.reshape(left + right, [2, 2, 256]), (0, 2, 1)))
+    left, right = tl.split(tl.permute(tl.reshape(left + right, [2, 256]), (1, 0)))
+    return left + right
+
+
+@triton.jit
+def tile_rows(tile, step, rows, cols, numel, down, across):
+    """Eight rows of a tile: index of each element [8, 256], and whether there is one."""
+    line = tile // across
+    batch = (line // down).to(tl.int64)
+    row = (line % down) * 64 + step * 8 + tl.arange(0, 8)
+    col = (tile % across) * 256 + tl.arange(0, 256)
+    first = (batch * rows + row) * cols
+    at = first[:, None] + col[None, :]
+    return at, (row < rows)[:, None] & (col < cols)[None, :] & (at < numel)
+
+
+@triton.jit
+def ada_stats_kernel(
+    g_ptr, row_parts_ptr, col_parts_ptr, rows, cols, numel, down, across,
+    inv_scale_ptr, clip_value, clip_coef_ptr, G: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    line = tile // across
+    batch, ti, tj = (line // down).to(tl.int64), line % down, tile % across
+    inv_scale, clip_coef = one_or(inv_scale_ptr, 1.0), one_or(clip_coef_ptr, 1.0)
+    lanes = tl.zeros([8, 256], tl.float32)
+    for step in tl.range(0, 8, num_stages=3):  # unrolled, Triton 3.6 spills registers
+        at, live = tile_rows(tile, step, rows, cols, numel, down, across)
+        g = bits_to_float(tl.load(g_ptr + at, mask=live, other=0), G)
+        x = clipped(tl.where(is_finite(g), g, float("nan")), inv_scale, clip_value, clip_coef)
+        square = x * x
+        lanes = lanes + square
+        row = ti * 64 + step * 8 + tl.arange(0, 8)
+        sums = add_neighbours(tl.reshape(square, [2048]), 8)
+        tl.store(row_parts_ptr + (batch * across + tj) * rows + row, sums, mask=row < rows)
+    col = tj * 256 + tl.arange(0, 256)
+    tl.store(col_parts_ptr + (batch * down + ti) * cols + col, add_eight(lanes), mask=col < cols)
+
+
+@triton.jit
+def ada_moments_kernel(
+    parts_ptr, before_ptr, new_ptr, means_ptr, parts, size, other, groups,
+    step_ptr, weights_ptr, weights_count, eps,
+):  # fmt: skip
+    """256 rows, or columns, of one matrix: their sums of `parts` parts and their new moments."""
+    batch, group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
+    place = group * 256 + tl.arange(0, 256)
+    first = parts_ptr + batch * parts * size
+    lanes = tl.zeros([8, 256], tl.float32)
+    k = 0
+    while k < parts:
+        part = k + tl.arange(0, 8)
+        live = (part < parts)[:, None] & (place < size)[None, :]
+        at = part.to(tl.int64)[:, None] * size + place[None, :]
+        lanes = lanes + tl.load(first + at, mask=live, other=0.0)
+        k += 8
+    mean = tl.div_rn(add_eight(lanes), tl.full([256], 1.0, tl.float32) * other.to(tl.float32))
+    weight = weight_of(tl.load(step_ptr), weights_ptr, weights_count)
+    live = place < size
+    before = tl.load(before_ptr + batch * size + place, mask=live, other=0.0)
+    new = tl.where(live, moment(before, mean, weight, eps), 0.0)
+    tl.store(new_ptr + batch * size + place, new, mask=live)
+    if means_ptr is not None:
+        at = means_ptr + batch * groups + group
+        tl.store(at + tl.arange(0, 1), add_neighbours(new, 8))
+
+
+@triton.jit
+def ada_updates(
+    g, at, live, tile, step, mean, col_factor, row_ptr, rows, down, across,
+    inv_scale, clip_value, clip_coef, weight, eps, FACTORED: tl.constexpr,
+):  # fmt: skip
+    """The updates [8, 256], 0 where there is no element, and the new moments or the updates."""
+    x = clipped(tl.where(is_finite(g), g, float("nan")), inv_scale, clip_value, clip_coef)
+    if FACTORED:
+        line = tile // across
+        row = (line % down) * 64 + step * 8 + tl.arange(0, 8)
+        of_row = row_ptr + (line // down).to(tl.int64) * rows + row
+        ratio = tl.div_rn(tl.load(of_row, mask=row < rows, other=0.0), mean)
+        u = (x * inverse_root(ratio)[:, None]) * col_factor[None, :]
+        new = u
+    else:
+        new = moment(tl.load(row_ptr + at, mask=live, other=0.0), x * x, weight, eps)
+        u = x * inverse_root(new)
+    return tl.where(live, u, 0.0), new
+
+
+@triton.jit
+def mean_row(means_ptr, tile, rows, down, across):
+    groups = (rows + 255) // 256
+    batch = (tile // across // down).to(tl.int64)
+    total = sum_lanes(means_ptr + batch * groups, groups, 8)
+    return tl.div_rn(total, tl.full([1], 1.0, tl.float32) * rows.to(tl.float32))
+
+
+@triton.jit
+def col_factors(col_ptr, tile, cols, down, across):
+    col = (tile % across) * 256 + tl.arange(0, 256)
+    batch = (tile // across // down).to(tl.int64)
+    return inverse_root(tl.load(col_ptr + batch * cols + col, mask=col < cols, other=0.0))
+
+
+@triton.jit
+def ada_norm_kernel(
+    g_ptr, row_ptr, col_ptr, means_ptr, norms_ptr, rows, cols, numel, down, across,
+    inv_scale_ptr, clip_value, clip_coef_ptr, step_ptr, weights_ptr, weights_count, eps,
+    G: tl.constexpr, FACTORED: tl.constexpr,
+):  # fmt: skip
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # its end is in the cache still
+    inv_scale, clip_coef = one_or(inv_scale_ptr, 1.0), one_or(clip_coef_ptr, 1.0)
+    weight = weight_of(tl.load(step_ptr), weights_ptr, weights_count)
+    mean, col_factor = 0.0, 0.0
+    if FACTORED:
+        mean = mean_row(means_ptr, tile, rows, down, across)
+        col_factor = col_factors(col_ptr, tile, cols, down, across)
+    lanes = tl.zeros([8, 256], tl.float32)
+    step = 0
+    while step < 8:  # unrolled it would take too many registers
+        at, live = tile_rows(tile, step, rows, cols, numel, down, across)
+        g = bits_to_float(tl.load(g_ptr + at, mask=live, other=0), G)
+        u, _ = ada_updates(
+            g, at, live, tile, step, mean, col_factor, row_ptr, rows, down, across,
+            inv_scale, clip_value, clip_coef, weight, eps, FACTORED,
+        )  # fmt: skip
+        lanes = lanes + u * u
+        step += 1
+    tl.store(norms_ptr + tile + tl.arange(0, 1), add_neighbours(tl.reshape(lanes, [2048]), 11))
+
+
+@triton.jit
+def ada_sums_kernel(p_ptr, sums_ptr, rows, cols, numel, down, across, P: tl.constexpr):
+    tile = tl.program_id(0)
+    lanes = tl.zeros([8, 256], tl.float32)
+    for step in tl.static_range(8):
+        at, live = tile_rows(tile, step, rows, cols, numel, down, across)
+        x = bits_to_float(tl.load(p_ptr + at, mask=live, other=0), P)
+        lanes = lanes + x * x
+    tl.store(sums_ptr + tile + tl.arange(0, 1), add_neighbours(tl.reshape(lanes, [2048]), 11))
+
+
+@triton.jit
+def ada_step_kernel(
+    norms_ptr, sums_ptr, tiles, numel, scalars_ptr, step_ptr,
+    lr, weight_decay, eps_rms, clip_threshold, found_inf_ptr, skip_ptr,
+):  # fmt: skip
+    """step_of() of csrc/adalomo.h"""
+    n = tl.full([1], 1.0, tl.float32) * tl.maximum(numel, 1).to(tl.float32)
+    update_square = sum_lanes(norms_ptr, tiles, 11)
+    param_square = sum_lanes(sums_ptr, tiles, 11)
+    rms = tl.div_rn(tl.sqrt_rn(tl.div_rn(update_square, n)), clip_threshold + n * 0.0)
+    divisor = tl.where(rms < 1.0, 1.0, rms)
+    size = tl.sqrt_rn(tl.div_rn(param_square, n))
+    own_lr = lr * tl.where(size < eps_rms, eps_rms, size)
+    one = tl.arange(0, 1)
+    made = is_finite(update_square) & is_finite(own_lr)
+    if skip_ptr is not None:
+        made = made & (tl.load(skip_ptr + one) == 0.0)
+    tl.store(scalars_ptr + one, own_lr * weight_decay)
+    tl.store(scalars_ptr + 1 + one, tl.where(made, tl.div_rn(own_lr, divisor), float("nan")))
+    tl.store(step_ptr + one, tl.load(step_ptr + one) + made.to(tl.int32))
+    if found_inf_ptr is not None:
+        tl.store(found_inf_ptr + one, tl.full([1], 1.0, tl.float32), mask=made == 0)
+
+
+@triton.jit(do_not_specialize=["param_id", "seed"])
+def ada_update_kernel(
+    p_ptr, g_ptr, low_ptr, row_ptr, col_ptr, new_row_ptr, new_col_ptr, means_ptr,
+    sums_ptr, scalars_ptr, step_ptr, weights_ptr, weights_count, rows, cols, numel, down, across,
+    param_id, seed, inv_scale_ptr, clip_value, clip_coef_ptr, eps,
+    P: tl.constexpr, G: tl.constexpr, ROUNDING: tl.constexpr, GROUPED: tl.constexpr,
+    FACTORED: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    shrink, size = tl.load(scalars_ptr), tl.load(scalars_ptr + 1)
+    if size == size:
+        number = tl.load(step_ptr) - 1  # it counts this one already
+        weight = weight_of(number, weights_ptr, weights_count)
+        inv_scale, clip_coef = one_or(inv_scale_ptr, 1.0), one_or(clip_coef_ptr, 1.0)
+        mean, col_factor = 0.0, 0.0
+        line = tile // across
+        batch, ti, tj = (line // down).to(tl.int64), line % down, tile % across
+        if FACTORED:
+            mean = mean_row(means_ptr, tile, rows, down, across)
+            col_factor = col_factors(new_col_ptr, tile, cols, down, across)
+            if tj == 0:
+                row = ti * 64 + tl.arange(0, 64)
+                new = tl.load(new_row_ptr + batch * rows + row, mask=row < rows)
+                tl.store(row_ptr + batch * rows + row, new, mask=row < rows)
+            if ti == 0:
+                col = tj * 256 + tl.arange(0, 256)
+                new = tl.load(new_col_ptr + batch * cols + col, mask=col < cols)
+                tl.store(col_ptr + batch * cols + col, new, mask=col < cols)
+        lanes = tl.zeros([8, 256], tl.float32)
+        step = 0
+        while step < 8:
+            at, live = tile_rows(tile, step, rows, cols, numel, down, across)
+            p = tl.load(p_ptr + at, mask=live, other=0)
+            g = bits_to_float(tl.load(g_ptr + at, mask=live, other=0), G)
+            u, new = ada_updates(
+                g, at, live, tile, step, mean, col_factor, new_row_ptr if FACTORED else row_ptr,
+                rows, down, across, inv_scale, clip_value, clip_coef, weight, eps, FACTORED,
+            )  # fmt: skip
+            if not FACTORED:
+                tl.store(row_ptr + at, new, mask=live)
+            if ROUNDING == "split":
+                low = tl.load(low_ptr + at, mask=live, other=0)
+                master = merge(p, low)
+            else:
+                master = bits_to_float(p, P)
+            master = master - (shrink * master + size * u)
+            if ROUNDING == "split":
+                rounded = split_high(master)
+                tl.store(low_ptr + at, split_low(master), mask=live)
+            elif ROUNDING == "stochastic":
+                if GROUPED:
+                    row = ti * 64 + step * 8 + tl.arange(0, 8)
+                    first = (batch * rows + row) * (cols // 8) + tj * 32
+                    group = first[:, None] + tl.arange(0, 32)[None, :]
+                    w0, w1, w2, w3 = random_group(group, seed, number, param_id)
+                    random = tl.reshape(deal(w0, w1, w2, w3), [8, 256])
+                else:
+                    w0, w1, w2, w3 = random_group(at >> 3, seed, number, param_id)
+                    random = pick(w0, w1, w2, w3, at)
+                rounded = round_stochastic(master, random, P)
+            else:
+                rounded = round_nearest(master, P)
+            tl.store(p_ptr + at, rounded, mask=live)
+            x = tl.where(live, bits_to_float(rounded, P), 0.0)
+            lanes = lanes + x * x
+            step += 1
+        tl.store(sums_ptr + tile + tl.arange(0, 1), add_neighbours(tl.reshape(lanes, [2048]), 11))
+
+
+def adalomo_update_(
+    items, *, lr, weight_decay, eps, clip_threshold, clip_value, seed, rounding, weights,
+    inv_scale, clip_coef, found_inf, skip,
+):  # fmt: skip
+    table = {"weights_ptr": weights, "weights_count": len(weights)}
+    clip = {
+        "inv_scale_ptr": inv_scale, "clip_value": clip_value, "clip_coef_ptr": clip_coef,
+    }  # fmt: skip
+    launch = {"num_warps": 8, **EXACT}
+    with on_current(weights.device):
+        for item in items:
+            tiles, p, g = item.tiles, as_bits(item.param), as_bits(item.grad)
+            shape = _shape(tiles, item.param)
+            factored = tiles.factored and item.param.numel() > 0
+            batch, rows, cols = tiles[:3]
+            down, across = shape["down"], shape["across"]
+            sizes = [2, tiles.count]
+            if factored:
+                groups = [triton.cdiv(rows, 256), triton.cdiv(cols, 256)]
+                parts = [batch * across * rows, batch * down * cols]
+                sizes += [*parts, batch * rows, batch * cols, batch * groups[0]]
+            scalars, norms, *rest = weights.new_empty(sum(sizes)).split(sizes)
+            own = item.row if tiles.factored else item.full
+            moments = {"row_ptr": own, "col_ptr": None, "means_ptr": None}
+            if factored:
+                row_parts, col_parts, new_row, new_col, means = rest
+                ada_stats_kernel[(tiles.count,)](
+                    g, row_parts, col_parts, **shape, **clip, G=name_of(item.grad.dtype), **launch
+                )
+                for part, before, new, sums, count, size, other, group in (
+                    (row_parts, item.row, new_row, means, across, rows, cols, groups[0]),
+                    (col_parts, item.col, new_col, None, down, cols, rows, groups[1]),
+                ):
+                    ada_moments_kernel[(batch * group,)](
+                        part, before, new, sums, count, size, other, group, item.step,
+                        **table, eps=eps[0], **launch,
+                    )  # fmt: skip
+                moments = {"row_ptr": new_row, "col_ptr": new_col, "means_ptr": means}
+            kind = {"G": name_of(item.grad.dtype), "FACTORED": factored}
+            ada_norm_kernel[(tiles.count,)](
+                g, **moments, norms_ptr=norms, **shape, **clip, step_ptr=item.step, **table,
+                eps=eps[0], **kind, **launch,
+            )  # fmt: skip
+            ada_step_kernel[(1,)](
+                norms, item.sums, tiles.count, item.param.numel(), scalars, item.step,
+                lr, weight_decay, eps[1], clip_threshold, found_inf, skip, **launch,
+            )  # fmt: skip
+            ada_update_kernel[(tiles.count,)](
+                p, g, item.low, own, item.col, *moments.values(), item.sums, scalars,
+                item.step, *table.values(), **shape, param_id=item.param_id, seed=seed, **clip,
+                eps=eps[0], P=name_of(item.param.dtype), ROUNDING=rounding, GROUPED=cols % 8 == 0,
+                **kind, **launch,
+            )  # fmt: skip
+
+
+def adalomo_sums_(sums, param, tiles):
+    with on_current(param.device):
+        ada_sums_kernel[(tiles.count,)](
+            as_bits(param), sums, **_shape(tiles, param), P=name_of(param.dtype), num_warps=8,
+            **EXACT,
+        )  # fmt: skip
+
+
+def _shape(tiles, param):
+    empty = param.numel() == 0
+    return {
+        "rows": 0 if empty else tiles.rows,
+        "cols": 0 if empty else tiles.cols,
+        "numel": param.numel(),
+        "down": max(1, triton.cdiv(tiles.rows, reference.TILE_ROWS)),
+        "across": max(1, triton.cdiv(tiles.cols, reference.TILE_COLS)),
+    }
