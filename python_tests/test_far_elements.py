@@ -162,7 +162,7 @@ def test_triton_kernels(ranges, far, monkeypatch):
     from triton.runtime import interpreter
 
     from lomo_kernels.ops import reference
-    from lomo_kernels.ops.triton import adalomo, grad_sumsq, lomo_update
+    from lomo_kernels.ops.triton import adalomo, common, grad_sumsq, lomo_update, product_update
 
     def program(number):
         builder = interpreter.interpreter_builder
@@ -199,6 +199,23 @@ def test_triton_kernels(ranges, far, monkeypatch):
         first_g, sums, count // 4096, 4096, count, count // 4096 // 64, 16, P="bfloat16"
     )
     assert sums.nonzero().flatten().tolist() == [tile]
+
+    # A weight of 2^20 x 8192, and a left factor of more than 2^32 elements: row and token far away.
+    p, left = ranges(count), ranges(2**32 + 2**22)
+    row, col, token = far // 8192, far % 8192, 4097
+    left.elements(token * 2**20 + row, 1).fill_(1.0)
+    right = torch.zeros(4098, 8192, dtype=torch.bfloat16)
+    right[token, col] = 1.0
+    program(row // 128 // 8 * 8 * 64 + col // 128 * 8 + row // 128 % 8)
+    product_update.product_update_kernel[(1,)](
+        left.elements(0, 1), right, 4098, 2**20, 8192, None, 0,
+        p.elements(0, 1).view(torch.int16), None, 2**20, 8192, 0, 0,
+        1.0, 1.0, float("inf"), 0, 0, None, None, None, None,
+        P="bfloat16", FACTOR=common.type_of(torch.bfloat16), ROUNDING="nearest", GROUPED=True,
+        ALIGNED=False, BM=128, BN=128, BK=64,
+    )  # fmt: skip
+    assert p.elements(far, 1).item() == -1.0
+    assert p.elements(far - 2048, 4096).count_nonzero() == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

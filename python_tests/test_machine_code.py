@@ -22,7 +22,13 @@ FORBIDDEN = re.compile(r"FFMA|DFMA|HFMA2\.BF16|.*\.FTZ|LDL|STL")
 MAX_REGISTERS = 96
 
 
+# Of a tile of a product, which lives in them; at 256 the compiler would spill.
+MAX_REGISTERS_OF_PRODUCT = 232
+
+
 def forbidden(name, counts):
+    if name.endswith("of-float32-nearest"):  # a product in fp32 is made of them
+        return [op for op in counts if re.fullmatch("LDL|STL|.*TF32.*", op)]
     # A rounded quotient and a rounded root are made of fused multiply-adds. ada_stats, ada_sums and
     # lomo_update show that the compiler was told to make none of its own.
     divides = re.search("decide|ada_(moments|norm|step|update)", name)
@@ -120,7 +126,12 @@ def triton_kernels(*target):
 
 
 def expected(name):
-    """Wide (loads, stores) of a Triton kernel: 8 elements a thread, 64 in a norm chunk."""
+    """Wide (loads, stores) of a Triton kernel: 8 elements a thread, 64 in a norm chunk; 64 of a
+    product's tile (32 with fp32 factors), without the loads of the factors."""
+    if name.startswith("product_update"):
+        vectors = 16 if name.startswith("product_update-float32-of-b") else 8
+        vectors += 8 if name.endswith("split") else 0
+        return vectors, vectors
     words = 2 if "float32" in name else 1
     split = name.endswith("split")
     if name.startswith("ada_update"):  # eight elements of a row of a tile a thread
@@ -134,14 +145,32 @@ def expected(name):
     return 2 * words + split, words + split
 
 
+def check_product(name, counts, arch):
+    """Tensor cores for 16-bit factors, which travel 16 bytes at a time into shared memory."""
+    tensor_cores = "HGMMA" if arch == "90" else "HMMA"
+    found = sum(n for op, n in counts.items() if re.match(rf"{tensor_cores}\.", op))
+    assert (found > 0) == ("of-float32" not in name), name
+    copies = {op for op in counts if op.startswith("LDGSTS")}
+    assert copies, name
+    assert all(op.endswith(".128") for op in copies), name
+    limits = {"80": 163 << 10, "86": 99 << 10, "90": 227 << 10}
+    assert counts["shared"] <= limits[arch], name
+
+
 @pytest.mark.parametrize("arch", ["80", "86", "90"])
 def test_triton_nvidia(arch):
     for name, counts in triton_kernels("cuda", arch).items():
         assert not forbidden(name, counts), name
         assert counts["stack"] == counts["local"] == 0, name
-        # A tile in Triton takes more: what a warp adds up of it is spread by the compiler.
-        assert counts["registers"] <= (160 if name.startswith("ada") else MAX_REGISTERS), name
-        loads = sum(n for op, n in counts.items() if re.match(r"LDG.*\.128", op))
+        if name.startswith("product"):
+            check_product(name, counts, arch)
+            limit = MAX_REGISTERS_OF_PRODUCT
+        else:
+            # A tile in Triton takes more: what a warp adds up of it is spread by the compiler.
+            limit = 160 if name.startswith("ada") else MAX_REGISTERS
+        assert counts["registers"] <= limit, name
+        wide = r"LDG\..*\.128" if name.startswith("product") else r"LDG.*\.128"
+        loads = sum(n for op, n in counts.items() if re.match(wide, op))
         stores = sum(n for op, n in counts.items() if re.match(r"STG.*\.128", op))
         if name != "decide":
             assert (loads, stores) == expected(name), name
@@ -163,6 +192,14 @@ def test_triton_amd():
             ], name
         loads = sum(n for op, n in counts.items() if op.endswith("load_dwordx4") and op[0] != "s")
         stores = sum(n for op, n in counts.items() if op.endswith("store_dwordx4"))
+        if name.startswith("product"):
+            assert any(op.startswith("v_mfma_f32") for op in counts), name
+            assert counts["shared"] <= 64 << 10, name
+            narrow = [op for op in counts if re.match("(global|buffer)_load_(u|s|d16|dwordx2)", op)]
+            assert not narrow, name
+            # twice as many threads as on NVIDIA share a tile
+            assert stores == expected(name)[1] // 2, name
+            continue
         # Beside the elements: 8 or 16 moments of columns that a thread holds.
         extra = loads - expected(name)[0] if name.startswith("ada") else 0
         assert 0 <= extra <= 2, name

@@ -12,13 +12,23 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lomo_kernels.ops import reference
-from lomo_kernels.ops.triton import adalomo, common, decide, grad_sumsq, lomo_update
+from lomo_kernels.ops.triton import (
+    adalomo,
+    common,
+    decide,
+    grad_sumsq,
+    lomo_update,
+    product_update,
+)
 
+# Bytes of shared memory that a block can have.
+SHARED = {"80": 163 << 10, "86": 99 << 10, "90": 227 << 10, "gfx942": 64 << 10}
 SCALARS = {
     "n": "i64", "offset": "i64", "param_id": "i32", "lr": "fp32", "decay": "fp32",
     "clip_value": "fp32", "step": "i32", "seed": "i64", "inv_scale_ptr": "*fp32",
@@ -31,6 +41,7 @@ SCALARS = {
     ),
     "step_ptr": "*i32", "weights_count": "i32", "rows": "i32", "cols": "i32", "numel": "i64",
     "down": "i32", "across": "i32", "eps": "fp32", "shrink": "fp32",
+    "tokens": "i32", "ld_left": "i32", "ld_right": "i32", "more_ptr": "*i64", "more": "i32",
     "tensor_of_block_ptr": "*i64", "partials_ptr": "*fp32", "out_ptr": "*fp32", "low_ptr": "*i16",
 }  # fmt: skip
 
@@ -39,7 +50,7 @@ def pointer(dtype):
     return "*i32" if dtype == "float32" else "*i16"
 
 
-def compile_kernel(kernel, target, types, num_warps, **constants):
+def compile_kernel(kernel, target, types, num_warps, num_stages=None, **constants):
     names = kernel.arg_names
     types = {**SCALARS, **types}
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
@@ -47,12 +58,14 @@ def compile_kernel(kernel, target, types, num_warps, **constants):
     aligned = [
         name
         for name in names
-        if name in ("n", "rows", "cols", "numel")
+        if name in ("n", "rows", "cols", "numel", "ld_left", "ld_right")
         or (signature[name].startswith("*") and name != "partials_ptr")
     ]
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": num_warps, **common.EXACT}
+    if num_stages is not None:
+        options["num_stages"] = num_stages
     return triton.compile(source, target=target, options=options)
 
 
@@ -109,6 +122,24 @@ def cases(target):
         LEVELS=8,
     )  # fmt: skip
 
+    for param, factor, rounding, more in (
+        ("bfloat16", "bfloat16", "nearest", 0), ("bfloat16", "bfloat16", "stochastic", 1),
+        ("bfloat16", "bfloat16", "split", 1), ("float16", "float16", "stochastic", 0),
+        ("float32", "bfloat16", "nearest", 0), ("float32", "float32", "nearest", 0),
+    ):  # fmt: skip
+        shape = product_update.configuration(
+            getattr(torch, factor), SHARED[str(target.arch)], target.backend == "hip"
+        )
+        factor_pointer = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}[factor]
+        none = {"low_ptr": None} if rounding != "split" else {}
+        none |= {} if more else {"more_ptr": None}
+        yield f"product_update-{param}-of-{factor}-{rounding}", compile_kernel(
+            product_update.product_update_kernel, target,
+            {"p_ptr": pointer(param), **dict.fromkeys(("left_ptr", "right_ptr"), factor_pointer)},
+            P=param, FACTOR=common.type_of(getattr(torch, factor)), ROUNDING=rounding,
+            GROUPED=True, ALIGNED=True, **shape, **none,
+        )  # fmt: skip
+
 
 def nvidia(compiled):
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -123,12 +154,14 @@ def nvidia(compiled):
     counts = dict(collections.Counter(re.findall(pattern, text)))
     resources = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
     counts |= dict(zip(("registers", "stack", "local"), map(int, resources.groups())))
+    counts["shared"] = compiled.metadata.shared
     return counts
 
 
 def amd(compiled):
     text = compiled.asm["amdgcn"]
     counts = dict(collections.Counter(re.findall(r"^\s+([a-z]\w+)", text, re.MULTILINE)))
+    counts["shared"] = compiled.metadata.shared
     for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count"):
         counts[name] = int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
     return counts

@@ -18,6 +18,7 @@ from .adalomo import (
 )
 from .backends import BACKENDS, build_info, pick_backend, unavailable
 from .checks import DTYPES, ROUNDINGS
+from .product_update import product_update_
 
 __all__ = [
     "BACKENDS",
@@ -32,6 +33,7 @@ __all__ = [
     "grad_sumsq_",
     "lomo_update_",
     "pick_backend",
+    "product_update_",
     "unavailable",
 ]
 

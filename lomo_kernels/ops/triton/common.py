@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 EXACT = {"enable_fp_fusion": False}  # one rounding per operation
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -127,6 +128,16 @@ def lomo_update(p, g, lr, decay, inv_scale, clip_value, clip_coef):
 
 
 @triton.jit
+def add_dot(a, b, acc):
+    """a @ b + acc in fp32: tensor cores for 16-bit factors, never TF32 for fp32 ones."""
+    if INTERPRETED:
+        if a.dtype == tl.bfloat16:  # of which the interpreter would multiply the bits
+            a = bits_to_float(a.to(tl.int16, bitcast=True), "bfloat16")
+            b = bits_to_float(b.to(tl.int16, bitcast=True), "bfloat16")
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
 def one_or(pointer, value):
     if pointer is not None:
         value = tl.load(pointer)
@@ -160,3 +171,22 @@ def to_device(table, device):
 def on_current(device):
     """Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def type_of(dtype):
+    """What Triton calls a dtype of torch."""
+    return getattr(tl, name_of(dtype))
+
+
+if triton.knobs.runtime.interpret:
+
+    def steps(begin, end, step):
+        """As tl.range: the one of Triton 3.6's interpreter fails with numpy 2.4."""
+        begin, end, step = (
+            x if isinstance(x, int) else int(x.handle.data.item())
+            for x in (getattr(x, "value", x) for x in (begin, end, step))
+        )
+        return range(begin, end, step)
+
+else:
+    steps = tl.range
