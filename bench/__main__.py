@@ -17,6 +17,8 @@ from . import (
     bench_grad_norm,
     bench_host,
     bench_lomo_update,
+    bench_product_sumsq,
+    bench_product_update,
     bench_train_step,
     plots,
     record,
@@ -28,7 +30,8 @@ from . import (
 JOBS = [
     each.jobs
     for each in (
-        bench_lomo_update, bench_grad_norm, bench_adalomo, bench_host, bench_train_step
+        bench_lomo_update, bench_grad_norm, bench_adalomo, bench_product_update,
+        bench_product_sumsq, bench_host, bench_train_step,
     )
 ]  # fmt: skip
 

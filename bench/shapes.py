@@ -23,6 +23,10 @@ class Case(NamedTuple):
         return sum(math.prod(shape) for shape in self.shapes)
 
     @property
+    def grad_shapes(self):
+        return self.shapes
+
+    @property
     def sizes(self):
         """Bytes of an element of a parameter and of a gradient."""
         return self.dtype.itemsize, self.grad_dtype.itemsize
@@ -31,6 +35,61 @@ class Case(NamedTuple):
     def dtypes(self):
         names = [str(d).removeprefix("torch.") for d in (self.dtype, self.grad_dtype)]
         return names[0] if names[0] == names[1] else f"{names[0]}, gradient {names[1]}"
+
+
+class Products(NamedTuple):
+    """Weights whose gradients are products. A set of it holds the weights (`updated`) and, in place
+    of gradients, first the left factor of each weight, then the inputs.
+
+    matrices: (rows, columns, number of its input) of each; weights may share an input.
+    """
+
+    name: str
+    matrices: tuple
+    tokens: int
+    dtype: torch.dtype = torch.bfloat16
+    updated: bool = False
+
+    @property
+    def shapes(self):
+        return tuple((rows, cols) for rows, cols, _ in self.matrices) if self.updated else ()
+
+    @property
+    def grad_shapes(self):
+        inputs = {place: cols for _, cols, place in self.matrices}
+        widths = [rows for rows, _, _ in self.matrices] + [inputs[k] for k in sorted(inputs)]
+        return tuple((self.tokens, width) for width in widths)
+
+    @property
+    def grad_dtype(self):
+        return self.dtype
+
+    @property
+    def numel(self):
+        return sum(rows * cols for rows, cols, _ in self.matrices)
+
+    @property
+    def factors_nbytes(self):
+        return self.dtype.itemsize * sum(map(math.prod, self.grad_shapes))
+
+    @property
+    def dtypes(self):
+        return str(self.dtype).removeprefix("torch.")
+
+    def pairs(self, each):
+        """[(left, right)] of each weight, from a set."""
+        lefts, inputs = each.grads[: len(self.matrices)], each.grads[len(self.matrices) :]
+        return [(left, inputs[place]) for left, (_, _, place) in zip(lefts, self.matrices)]
+
+
+def products_of(name, shape, tokens, layers):
+    """All matrices of decoder layers with the inputs that they share."""
+    matrices, place = [], -1
+    for _ in range(layers):
+        for m in layer(shape):
+            place += not m.shares
+            matrices.append((m.rows, m.cols, place))
+    return Products(f"{name}, {layers} layers, {tokens} tokens", tuple(matrices), tokens)
 
 
 def of_models():

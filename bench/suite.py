@@ -14,9 +14,10 @@ from . import record, timing
 KEY = ("bench", "case", "what", "options", "dtype")
 FIELDS = (
     *KEY, "tensors", "numel", "bytes", "p20_us", "p50_us", "p80_us", "host_us", "gb_per_s",
-    "copy_gb_per_s", "of_copy", "of_sheet", "timed", "per_tensor_us", "launches", "host_reads",
-    "tokens_per_s", "peak_bytes", "parameters_bytes", "gradients_bytes", "states_bytes",
-    "activations_bytes", "other_bytes", "note", "date", "device", "versions", "commit", "clocks",
+    "copy_gb_per_s", "of_copy", "of_sheet", "flops", "tflop_per_s", "timed", "per_tensor_us",
+    "launches", "host_reads", "tokens_per_s", "peak_bytes", "parameters_bytes", "gradients_bytes",
+    "states_bytes", "activations_bytes", "other_bytes", "note", "date", "device", "versions",
+    "commit", "clocks",
 )  # fmt: skip
 
 
@@ -78,7 +79,7 @@ def run(jobs, where, minutes, path, only="", say=print):
 
 
 OURS = ("native", "triton", "Lomo", "AdaLomo")
-FLOORS = ("copy", "floor", "backward alone")
+FLOORS = ("copy", "floor", "backward alone", "dW alone")
 
 
 def table(rows):
@@ -111,8 +112,11 @@ def lines(rows):
             yield f"{name:80} {r['note']}"
             continue
         times = f"{duration(r['p50_us'])} ({duration(r['p20_us'])} to {duration(r['p80_us'])})"
-        shares = (("GB/s", "gb_per_s"), ("of copy", "of_copy"), ("of sheet", "of_sheet"))
-        rates = [f"{float(r[column]):.2f} {unit}" for unit, column in shares if r[column]]
+        shares = (
+            ("GB/s", "gb_per_s"), ("of copy", "of_copy"), ("of sheet", "of_sheet"),
+            ("TFLOP/s", "tflop_per_s"),
+        )  # fmt: skip
+        rates = [f"{float(r[column]):.2f} {unit}" for unit, column in shares if r.get(column)]
         yield f"{name:80} {times:36} {', '.join(rates)}"
 
 

@@ -67,13 +67,14 @@ class Set(NamedTuple):
 
 class Rival(NamedTuple):
     """bytes: what the job must move, whoever does it. make(set) -> function of no arguments.
-    captured: whether a CUDA graph of it does the same again."""
+    captured: whether a CUDA graph of it does the same again. flops: of matrix products."""
 
     what: str
     options: str
     bytes: int
     make: Callable
     captured: bool = True
+    flops: int = 0
 
 
 class Times(NamedTuple):
@@ -89,15 +90,16 @@ class Times(NamedTuple):
 
 def sets_of(case, where):
     """See Note [Cold data]; weights and gradients as large as those of a model at work."""
-    size = case.numel * sum(case.sizes)
+    kinds = ((case.shapes, case.dtype, 0.02), (case.grad_shapes, case.grad_dtype, 1e-3))
+    size = sum(math.prod(shape) * dtype.itemsize for shapes, dtype, _ in kinds for shape in shapes)
     count = min(SETS[where.device.type], 1 + math.ceil(3 * where.cache / size))
 
-    def tensors(dtype, deviation):
-        flat = torch.randn(case.numel, device=where.device).mul_(deviation).to(dtype)
-        parts = flat.split([math.prod(shape) for shape in case.shapes])
-        return [part.view(shape) for part, shape in zip(parts, case.shapes)]
+    def tensors(shapes, dtype, deviation):
+        numbers = [math.prod(shape) for shape in shapes]
+        flat = torch.randn(sum(numbers), device=where.device).mul_(deviation).to(dtype)
+        return [part.view(shape) for part, shape in zip(flat.split(numbers), shapes)]
 
-    return [Set(tensors(case.dtype, 0.02), tensors(case.grad_dtype, 1e-3)) for _ in range(count)]
+    return [Set(*(tensors(*kind) for kind in kinds)) for _ in range(count)]
 
 
 class _OnCpu:
@@ -223,8 +225,8 @@ def rows(where, bench, case, rivals, seconds):
     for rival, times in found:
         row = {
             "bench": bench, "case": case.name, "what": rival.what, "options": rival.options,
-            "dtype": case.dtypes, "tensors": len(case.shapes), "numel": case.numel,
-            "bytes": rival.bytes,
+            "dtype": case.dtypes, "tensors": len(case.shapes or case.grad_shapes),
+            "numel": case.numel, "bytes": rival.bytes, "flops": rival.flops or "",
         }  # fmt: skip
         if isinstance(times, Exception):
             yield {**row, "note": note(times)}
@@ -238,6 +240,7 @@ def rows(where, bench, case, rivals, seconds):
             "copy_gb_per_s": f"{copied / 1e9:.2f}",
             "of_copy": f"{rate / copied:.4f}",
             "of_sheet": "" if where.sheet is None else f"{rate / where.sheet:.4f}",
+            "tflop_per_s": f"{rival.flops / times.quantile(0.5) / 1e6:.2f}" if rival.flops else "",
             "timed": times.how,
         }
 

@@ -15,6 +15,8 @@ from bench import (
     bench_adalomo,
     bench_grad_norm,
     bench_lomo_update,
+    bench_product_sumsq,
+    bench_product_update,
     bench_train_step,
     gpu_suite,
     plots,
@@ -122,6 +124,66 @@ def test_every_rival_makes_adalomo_s_update(what):
     ops.adalomo_update_(*want, state, lr=bench_adalomo.LR, backend="reference")
     prepared(rival, each)()
     torch.testing.assert_close(each.params, want.params, rtol=1e-4, atol=1e-6)
+
+
+PRODUCT = shapes.Products("product", ((24, 40, 0),), 9, updated=True)
+LAYER = shapes.products_of("layer", bench_product_sumsq.Shape(16, 24, 2, 2, 1, 0), 7, 2)
+
+
+@pytest.mark.parametrize("what", ["native", "dW, lomo_update_", "dW, p.add_", "dW alone"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_every_rival_applies_the_product(what, dtype):
+    case = PRODUCT._replace(dtype=dtype)
+    for rival in [r for r in bench_product_update.rivals(case, CPU) if r.what == what]:
+        each = timing.Set([torch.randn(24, 40).to(dtype)], [torch.randn(9, n).to(dtype)
+                          for n in (24, 40)])  # fmt: skip
+        ((left, right),) = case.pairs(each)
+        grad = left.double().T @ right.double()
+        before, (want,) = each.params[0].clone(), expected_update(
+            timing.Set(each.params, [grad]), rival.options.rpartition("blocks, ")[2]
+        )  # fmt: skip
+        result = rival.make(each)()
+        if what == "dW alone":
+            torch.testing.assert_close(result.double(), grad, rtol=2**-7, atol=1e-5)
+            assert torch.equal(each.params[0], before)
+            continue
+        tolerance = {torch.bfloat16: 2**-7, torch.float32: 1e-6}[dtype]
+        size = before.double().abs() + (want - before).abs()
+        assert ((each.params[0] - want).abs() <= tolerance * size).all()
+
+
+def test_every_rival_finds_the_norms_of_a_layer():
+    """Queries, keys and values share an input, and so do gate and up; each set has them once."""
+    assert [place for *_, place in LAYER.matrices] == [0, 0, 0, 1, 2, 2, 3, 4, 4, 4, 5, 6, 6, 7]
+    (each, *_) = timing.sets_of(LAYER, CPU)
+    assert len(each.grads) == 14 + 8
+    pairs = LAYER.pairs(each)
+    assert pairs[0][1] is pairs[2][1]
+    wanted = [(a.double().T @ b.double()).square().sum().item() for a, b in pairs]
+    for rival in bench_product_sumsq.rivals(LAYER, CPU):
+        run = rival.make(each)
+        run()
+        if rival.options == "plain" and rival.what == "native":
+            assert run.args[0].tolist() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_what_a_product_must_move_and_multiply():
+    """4 bytes an element of a 16-bit weight and the factors; 2 operations a token and element."""
+    n = 24 * 40
+    found = {r.options: r for r in bench_product_update.rivals(PRODUCT, CPU)}
+    factors = 2 * 9 * (24 + 40)
+    assert found["blocks, plain"].bytes == 4 * n + factors
+    assert found["blocks, all, split"].bytes == 8 * n + factors
+    assert {r.flops for r in found.values()} == {2 * 9 * n}
+    assert next(bench_product_update.jobs(CPU)).numel == 4096**2
+    whole = shapes.products_of("7B", bench_product_sumsq.MODELS["LLaMA-7B"], 512, 32)
+    assert len(whole.matrices) == 7 * 32
+    # 0.7 TFLOP in place of dW's 6.6: lefts of five matrices of 4096 and two of 11008, four inputs
+    assert bench_product_sumsq.flops(whole) == 512 * 640 * 32 * (8 * 4096 + 3 * 11008)
+    rows = list(timing.rows(CPU, "product_update", PRODUCT, found.values(), seconds=0.0))
+    rate = rows[0]["flops"] / float(rows[0]["p50_us"]) / 1e6
+    assert float(rows[0]["tflop_per_s"]) == pytest.approx(rate, abs=0.01)
+    assert set(rows[0]) <= set(suite.FIELDS)
 
 
 def test_bytes_that_must_move():

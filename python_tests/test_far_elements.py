@@ -218,6 +218,18 @@ def test_triton_kernels(ranges, far, monkeypatch):
     assert p.elements(far - 2048, 4096).count_nonzero() == 1
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter, a GPU is here")
+def test_gram_matrices_of_far_tokens(ranges):
+    """Rows of a factor that lie 2^23 elements apart: the last of 600 is past 2^32."""
+    left = ranges(600 * 2**23).elements(0, 599 * 2**23 + 16).as_strided((600, 16), (2**23, 1))
+    for token in (0, 300, 599):
+        left[token, token % 16] = 2.0
+    right = torch.ones(600, 16, dtype=torch.bfloat16)
+    sumsq, magnitude = torch.zeros(1), torch.zeros(1)
+    ops.product_sumsq_(sumsq, magnitude, [[(left, right)]], backend="triton")
+    assert sumsq == (left[[0, 300, 599]].T.double() @ right[:3].double()).square().sum()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("backend", ["native", "triton"])
 def test_on_the_gpu(backend):

@@ -17,17 +17,18 @@ from lomo_kernels.ops import native
 
 HERE = Path(__file__).parent
 # A fused multiply-add (but not FMUL, FADD), flushing of subnormals, access to local memory.
+SCALARS = ("decide", "product_sums")  # kernels that read and write nothing else
 FORBIDDEN = re.compile(r"FFMA|DFMA|HFMA2\.BF16|.*\.FTZ|LDL|STL")
 # Above 96 registers fewer than 20 warps fit on a multiprocessor: too few loads in flight.
 MAX_REGISTERS = 96
 
 
-# Of a tile of a product, which lives in them; at 256 the compiler would spill.
-MAX_REGISTERS_OF_PRODUCT = 232
+# A tile of a product lives in them: one block of 256 threads on a multiprocessor, and no spill.
+MAX_REGISTERS_OF_PRODUCT = 255
 
 
 def forbidden(name, counts):
-    if name.endswith("of-float32-nearest"):  # a product in fp32 is made of them
+    if name.endswith(("of-float32-nearest", "of-float32")):  # a product in fp32 is made of them
         return [op for op in counts if re.fullmatch("LDL|STL|.*TF32.*", op)]
     # A rounded quotient and a rounded root are made of fused multiply-adds. ada_stats, ada_sums and
     # lomo_update show that the compiler was told to make none of its own.
@@ -132,6 +133,8 @@ def expected(name):
         vectors = 16 if name.startswith("product_update-float32-of-b") else 8
         vectors += 8 if name.endswith("split") else 0
         return vectors, vectors
+    if name.startswith("product_tiles"):
+        return 0, 0
     words = 2 if "float32" in name else 1
     split = name.endswith("split")
     if name.startswith("ada_update"):  # eight elements of a row of a tile a thread
@@ -162,7 +165,7 @@ def test_triton_nvidia(arch):
     for name, counts in triton_kernels("cuda", arch).items():
         assert not forbidden(name, counts), name
         assert counts["stack"] == counts["local"] == 0, name
-        if name.startswith("product"):
+        if name.startswith("product_") and name != "product_sums":
             check_product(name, counts, arch)
             limit = MAX_REGISTERS_OF_PRODUCT
         else:
@@ -172,7 +175,7 @@ def test_triton_nvidia(arch):
         wide = r"LDG\..*\.128" if name.startswith("product") else r"LDG.*\.128"
         loads = sum(n for op, n in counts.items() if re.match(wide, op))
         stores = sum(n for op, n in counts.items() if re.match(r"STG.*\.128", op))
-        if name != "decide":
+        if name not in SCALARS:
             assert (loads, stores) == expected(name), name
 
 
@@ -184,7 +187,7 @@ def test_triton_amd():
         if old and re.match("ada_stats-b?float16", name):
             continue
         assert counts["vgpr_spill_count"] == counts["sgpr_spill_count"] == 0, name
-        if name == "decide":  # scalars: nothing is wide, and as above
+        if name in SCALARS:  # nothing is wide, and as above
             continue
         if not re.match("ada_(norm|update)", name):
             assert not [
@@ -195,9 +198,9 @@ def test_triton_amd():
         if name.startswith("product"):
             assert any(op.startswith("v_mfma_f32") for op in counts), name
             assert counts["shared"] <= 64 << 10, name
-            narrow = [op for op in counts if re.match("(global|buffer)_load_(u|s|d16|dwordx2)", op)]
+            narrow = [op for op in counts if re.match("(global|buffer)_load_(u|s|d16)", op)]
             assert not narrow, name
-            # twice as many threads as on NVIDIA share a tile
+            # of an update: twice as many threads as on NVIDIA share a tile
             assert stores == expected(name)[1] // 2, name
             continue
         # Beside the elements: 8 or 16 moments of columns that a thread holds.

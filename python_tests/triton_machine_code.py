@@ -24,6 +24,7 @@ from lomo_kernels.ops.triton import (
     decide,
     grad_sumsq,
     lomo_update,
+    product_sumsq,
     product_update,
 )
 
@@ -42,6 +43,8 @@ SCALARS = {
     "step_ptr": "*i32", "weights_count": "i32", "rows": "i32", "cols": "i32", "numel": "i64",
     "down": "i32", "across": "i32", "eps": "fp32", "shrink": "fp32",
     "tokens": "i32", "ld_left": "i32", "ld_right": "i32", "more_ptr": "*i64", "more": "i32",
+    "group_of_program_ptr": "*i32", "groups_ptr": "*i64", "uses_ptr": "*i64",
+    "magnitude_ptr": "*fp32",
     "tensor_of_block_ptr": "*i64", "partials_ptr": "*fp32", "out_ptr": "*fp32", "low_ptr": "*i16",
 }  # fmt: skip
 
@@ -139,6 +142,21 @@ def cases(target):
             P=param, FACTOR=common.type_of(getattr(torch, factor)), ROUNDING=rounding,
             GROUPED=True, ALIGNED=True, **shape, **none,
         )  # fmt: skip
+    for factor in ("bfloat16", "float16", "float32"):
+        dtype = getattr(torch, factor)
+        shape = product_sumsq.configuration(
+            dtype, SHARED[str(target.arch)], target.backend == "hip"
+        )
+        yield f"product_tiles-of-{factor}", compile_kernel(
+            product_sumsq.product_tiles_kernel, target,
+            {"weights_ptr": "*i64", "partials_ptr": "*fp64"}, FACTOR=common.type_of(dtype),
+            ALIGNED=True, **shape,
+        )  # fmt: skip
+    types = {"sums_ptr": "*i64", "partials_ptr": "*fp64"}
+    yield (
+        "product_sums",
+        compile_kernel(product_sumsq.product_sums_kernel, target, types, 4, LANES=256),
+    )
 
 
 def nvidia(compiled):

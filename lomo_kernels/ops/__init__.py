@@ -18,6 +18,7 @@ from .adalomo import (
 )
 from .backends import BACKENDS, build_info, pick_backend, unavailable
 from .checks import DTYPES, ROUNDINGS
+from .product_sumsq import gram_is_cheaper, product_sumsq_
 from .product_update import product_update_
 
 __all__ = [
@@ -31,8 +32,10 @@ __all__ = [
     "build_info",
     "decide_",
     "grad_sumsq_",
+    "gram_is_cheaper",
     "lomo_update_",
     "pick_backend",
+    "product_sumsq_",
     "product_update_",
     "unavailable",
 ]

@@ -96,12 +96,17 @@ def _ieee(device):
         torch.set_float32_matmul_precision(before)
 
 
+def precise(tensor):
+    """In fp32 or fp64, where its products are formed."""
+    return tensor.to(wide(tensor.dtype))
+
+
 def matmul(a, b):
     """a @ b with an fp32 sum and result (fp64 of fp64); on a CPU of copies in fp32, where products
     of 16-bit factors are slow."""
-    if mixes(a):
+    if mixes(a) and a.dtype is b.dtype:
         return torch.mm(a, b, out_dtype=torch.float32)
-    dtype = wide(a.dtype)
+    dtype = torch.promote_types(wide(a.dtype), wide(b.dtype))
     with _ieee(a.device):
         return a.to(dtype) @ b.to(dtype)
 

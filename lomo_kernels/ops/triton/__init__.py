@@ -10,6 +10,7 @@ from .adalomo import adalomo_sums_, adalomo_update_
 from .decide import decide_
 from .grad_sumsq import grad_sumsq_
 from .lomo_update import lomo_update_
+from .product_sumsq import product_sumsq_
 from .product_update import product_update_
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "decide_",
     "grad_sumsq_",
     "lomo_update_",
+    "product_sumsq_",
     "product_update_",
     "unavailable",
 ]

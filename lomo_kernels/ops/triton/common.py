@@ -173,6 +173,15 @@ def on_current(device):
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+def shared_memory(device):
+    """Bytes of it that a block can have; whether the device is AMD's."""
+    if device.type == "cpu":  # the interpreter, which takes everything
+        return 1 << 17, False
+    properties = torch.cuda.get_device_properties(device)
+    amd = torch.version.hip is not None
+    return getattr(properties, "shared_memory_per_block_optin", 0), amd
+
+
 def type_of(dtype):
     """What Triton calls a dtype of torch."""
     return getattr(tl, name_of(dtype))

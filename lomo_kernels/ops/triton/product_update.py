@@ -19,6 +19,7 @@ from .common import (
     random_group,
     round_nearest,
     round_stochastic,
+    shared_memory,
     split_high,
     split_low,
     steps,
@@ -157,15 +158,7 @@ def configuration(dtype, shared, amd):
     return {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": max(2, stages)}
 
 
-def _configuration_on(device, dtype):
-    if device.type == "cpu":  # the interpreter
-        return configuration(dtype, 1 << 17, False)
-    properties = torch.cuda.get_device_properties(device)
-    shared = getattr(properties, "shared_memory_per_block_optin", 0)
-    return configuration(dtype, shared, torch.version.hip is not None)
-
-
-def _dense_rows(tensor):
+def dense_rows(tensor):
     """With columns one beside the other; rows may lie anywhere."""
     ordered = tensor.stride(1) == 1 or tensor.shape[1] < 2
     return tensor if ordered and tensor.stride(0) >= 0 else tensor.contiguous()
@@ -179,7 +172,7 @@ def product_update_(
     param, pairs, low, offset, param_id, *, lr, decay, clip_value, step, seed, rounding,
     inv_scale, clip_coef, found_inf, skip,
 ):  # fmt: skip
-    pairs = [(_dense_rows(left), _dense_rows(right)) for left, right in pairs]
+    pairs = [(dense_rows(left), dense_rows(right)) for left, right in pairs]
     (left, right), *rest = pairs
     (rows, cols), device = param.shape, param.device
     more, aligned = None, False
@@ -187,7 +180,7 @@ def product_update_(
         table = [_row(*pair) for pair in rest]
         aligned = all(value % 16 == 0 for row in table for value in row[:2] + row[3:])
         more = to_device(torch.tensor(table, dtype=torch.int64), device)
-    sizes = _configuration_on(device, right.dtype)
+    sizes = configuration(right.dtype, *shared_memory(device))
     with on_current(device):
         product_update_kernel[(triton.cdiv(rows, sizes["BM"]) * triton.cdiv(cols, sizes["BN"]),)](
             left, right, left.shape[0], left.stride(0), right.stride(0), more, len(rest),
