@@ -2,6 +2,10 @@
 // vectorises the plain loops; nothing here may be instantiated outside this file (see float16.h).
 #include "cpu_loops.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "dispatch.h"
 
 namespace lomo::cpu {
@@ -9,14 +13,80 @@ namespace {
 
 constexpr int kBlock = 1024;  // elements; the random bits of a block stay in the first-level cache
 
-// The words of the group that holds element `first`, and of those after it, for `count` elements.
-void random_words(uint32_t* words, const PhiloxKey& key, uint32_t step, uint32_t param_id,
-                  uint64_t first, int count) {
-  for (int i = 0; 8 * i < count; ++i) {
-    const Philox r = random_group(key, step, param_id, (first >> 3) + uint64_t(i));
-    for (int k = 0; k < 4; ++k) words[4 * i + k] = r.word[k];
-  }
+// A vector of 64-bit lanes, whose upper halves may hold anything where a word of Philox is meant:
+// what multiplies reads the lower ones. So no word has to change its place between rounds.
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+typedef uint64_t Lanes64 __attribute__((vector_size(kVectorBytes)));
+constexpr int kLanes64 = kVectorBytes / 8;
+
+// Lower half times lower half. Compilers make three products of the plain expression.
+LOMO_HD Lanes64 wide_products(Lanes64 a, Lanes64 b) {
+#if defined(__AVX512F__)
+  return (Lanes64)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (Lanes64)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__x86_64__)
+  return (Lanes64)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+  return (a & 0xffffffff) * (b & 0xffffffff);
+#endif
 }
+
+// A round waits for the one before it: four vectors of groups at a time keep the processor busy.
+constexpr int kTogether = 4, kGroupsTogether = kTogether * kLanes64;
+
+// The random bits of up to kCount elements, from the beginning of the group that holds the first;
+// philox.h, random_group and random_element, for many groups at a time.
+template <int kCount>
+struct RandomBits {
+  // Whole vectors are written, from up to seven elements before the first.
+  uint16_t element[8 * ((kCount + 7) / 8 + kGroupsTogether)];
+
+  void draw(const PhiloxKey& key, uint32_t step, uint32_t param_id, uint64_t first, int count) {
+    static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "a word's low half comes first");
+    const Lanes64 zero = {}, low = zero + 0xffffffff;
+    Lanes64 lane = {};
+    for (int i = 0; i < kLanes64; ++i) lane[i] = uint64_t(i);
+    for (int begin = 0; 8 * begin < count; begin += kGroupsTogether) {
+      Lanes64 c0[kTogether], c1[kTogether], c2[kTogether], c3[kTogether];
+      for (int v = 0; v < kTogether; ++v) {
+        c0[v] = lane + ((first >> 3) + uint64_t(begin + v * kLanes64));
+        c1[v] = c0[v] >> 32;
+        c2[v] = zero + step;
+        c3[v] = zero + param_id;
+      }
+#pragma GCC unroll 10
+      for (int i = 0; i < 10; ++i) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kTogether; ++v) {
+          const Lanes64 a = wide_products(zero + 0xD2511F53, c0[v]);
+          const Lanes64 b = wide_products(zero + 0xCD9E8D57, c2[v]);
+          c0[v] = (b >> 32) ^ c1[v] ^ key.round[i][0];
+          c1[v] = b;
+          c2[v] = (a >> 32) ^ c3[v] ^ key.round[i][1];
+          c3[v] = a;
+        }
+      }
+      uint64_t pairs[2 * kGroupsTogether];
+#pragma GCC unroll 4
+      for (int v = 0; v < kTogether; ++v) {
+        const Lanes64 words01 = (c0[v] & low) | (c1[v] << 32);
+        const Lanes64 words23 = (c2[v] & low) | (c3[v] << 32);
+        for (int i = 0; i < kLanes64; ++i) {
+          pairs[2 * (v * kLanes64 + i)] = words01[i];
+          pairs[2 * (v * kLanes64 + i) + 1] = words23[i];
+        }
+      }
+      std::memcpy(element + 8 * begin, pairs, sizeof pairs);
+    }
+  }
+};
 
 template <typename P, typename G, Rounding R>
 bool update_range(const TensorRef& tensor, int64_t begin, int64_t end, const UpdateRule& rule,
@@ -24,22 +94,22 @@ bool update_range(const TensorRef& tensor, int64_t begin, int64_t end, const Upd
   auto* p = static_cast<typename P::Bits*>(tensor.param);
   auto* g = static_cast<const typename G::Bits*>(tensor.grad);
   auto* low = static_cast<int16_t*>(tensor.low);
-  uint32_t words[kBlock / 2 + 4] = {};
+  RandomBits<R == Rounding::stochastic ? kBlock : 0> random;
   bool all_finite = true;
   for (int64_t block = begin; block < end; block += kBlock) {
     const int count = int(end - block < kBlock ? end - block : kBlock);
     const uint64_t first = uint64_t(tensor.offset) + uint64_t(block);
     const int shift = int(first & 7);
     if constexpr (R == Rounding::stochastic)
-      random_words(words, key, step, uint32_t(tensor.param_id), first, shift + count);
+      random.draw(key, step, uint32_t(tensor.param_id), first, shift + count);
+    const uint16_t* const rb = random.element + shift;
     typename P::Bits* const pb = p + block;
     const typename G::Bits* const gb = g + block;
     int16_t* const lb = R == Rounding::split ? low + block : nullptr;
     uint32_t bad = 0;
 #pragma GCC ivdep
     for (int i = 0; i < count; ++i) {
-      const uint32_t at = uint32_t(i + shift);
-      const uint32_t bits = R == Rounding::stochastic ? words[at >> 1] >> (16 * (at & 1)) : 0;
+      const uint32_t bits = R == Rounding::stochastic ? rb[i] : 0;
       int16_t unused = 0;
       bad |=
           !update_element<P, G, R>(pb[i], gb[i], R == Rounding::split ? lb[i] : unused, bits, rule);
@@ -272,29 +342,29 @@ void ada_update_of(const AdaItem& t, int64_t tile, const AdaRule& rule, const Ad
                    const PhiloxKey& key) {
   const TilePlace at(t, tile);
   const uint32_t number = uint32_t(*t.step);
-  uint32_t words[kTileCols / 2 + 4] = {};
+  RandomBits<kTileCols> random;
   Lanes lanes = {};
-  for_updates<G>(
-      t, at, rule, [&](int r, int64_t first, int count, const float* update, const float* moments) {
-        auto* p = static_cast<typename P::Bits*>(t.param) + first;
-        auto* low = static_cast<int16_t*>(t.low) + (R == Rounding::split ? first : 0);
-        const int shift = int(first & 7);
-        if constexpr (R == Rounding::stochastic)
-          random_words(words, key, number, uint32_t(t.param_id), uint64_t(first), shift + count);
-        float* const lane = lanes[r % kAdaLanes];
+  for_updates<G>(t, at, rule,
+                 [&](int r, int64_t first, int count, const float* update, const float* moments) {
+                   auto* p = static_cast<typename P::Bits*>(t.param) + first;
+                   auto* low = static_cast<int16_t*>(t.low) + (R == Rounding::split ? first : 0);
+                   const int shift = int(first & 7);
+                   if constexpr (R == Rounding::stochastic)
+                     random.draw(key, number, uint32_t(t.param_id), uint64_t(first), shift + count);
+                   const uint16_t* const rb = random.element + shift;
+                   float* const lane = lanes[r % kAdaLanes];
 #pragma GCC ivdep
-        for (int j = 0; j < count; ++j) {
-          const uint32_t k = uint32_t(j + shift);
-          const uint32_t bits = R == Rounding::stochastic ? words[k >> 1] >> (16 * (k & 1)) : 0;
-          int16_t unused = 0;
-          int16_t& rest = R == Rounding::split ? low[j] : unused;
-          p[j] = stored<P, R>(step(master_of<P, R>(p[j], rest), update[j]), rest, bits);
-          const float x = P::load(p[j]);
-          lane[j] = lane[j] + x * x;
-        }
-        if (!t.factored)
-          for (int j = 0; j < count; ++j) t.row[first + j] = moments[j];
-      });
+                   for (int j = 0; j < count; ++j) {
+                     const uint32_t bits = R == Rounding::stochastic ? rb[j] : 0;
+                     int16_t unused = 0;
+                     int16_t& rest = R == Rounding::split ? low[j] : unused;
+                     p[j] = stored<P, R>(step(master_of<P, R>(p[j], rest), update[j]), rest, bits);
+                     const float x = P::load(p[j]);
+                     lane[j] = lane[j] + x * x;
+                   }
+                   if (!t.factored)
+                     for (int j = 0; j < count; ++j) t.row[first + j] = moments[j];
+                 });
   t.sums[tile] = tile_sum(lanes);
 }
 

@@ -102,7 +102,7 @@ def test_each_option_alone(backend, name):
 
 
 @ALL_BACKENDS
-@pytest.mark.parametrize("offset", [0, 8, 5, 2**34 + 3, 2**40])
+@pytest.mark.parametrize("offset", [0, 8, 5, 2**34 + 3, 2**35 - 2011, 2**40])
 def test_shards_draw_the_bits_of_the_whole(backend, offset):
     """The rounding of an element depends on its global index, not on where a tensor was cut."""
     p, g = random_values(4000, BF16), random_values(4000, BF16)
