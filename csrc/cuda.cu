@@ -71,6 +71,15 @@ Status for_tables(const Ref* tensors, int64_t count, const ItemOf& item_of, cons
   return text(cudaGetLastError());
 }
 
+// Likewise, in the smallest table that holds the list.
+template <typename Ref, typename ItemOf, typename Run>
+Status for_fitting_tables(const Ref* tensors, int64_t count, const ItemOf& item_of,
+                          const Run& run) {
+  if (count == 1) return for_tables<1>(tensors, count, item_of, run);
+  if (count <= kFew) return for_tables<kFew>(tensors, count, item_of, run);
+  return for_tables<kMany>(tensors, count, item_of, run);
+}
+
 template <typename P, typename G, Rounding R>
 Status update_rounded(const TensorRef* tensors, int64_t count, const UpdateArgs& args,
                       cudaStream_t stream) {
@@ -78,8 +87,7 @@ Status update_rounded(const TensorRef* tensors, int64_t count, const UpdateArgs&
   const auto run = [&](const auto& table, int64_t blocks, int64_t) {
     launch(lomo_update_kernel<P, G, R, table.capacity>, blocks, stream, table, update);
   };
-  return count == 1 ? for_tables<1>(tensors, count, piece_of<P>, run)
-                    : for_tables<kMany>(tensors, count, piece_of<P>, run);
+  return for_fitting_tables(tensors, count, piece_of<P>, run);
 }
 
 template <typename G>
@@ -98,8 +106,7 @@ Status sumsq_of(const GradRef* grads, int64_t count, const SumsqArgs& args, cuda
              args.sumsq + begin);
     partials += blocks;
   };
-  return count == 1 ? for_tables<1>(grads, count, itself, run)
-                    : for_tables<kMany>(grads, count, itself, run);
+  return for_fitting_tables(grads, count, itself, run);
 }
 
 // Rows and columns have kernels of their own, one tensor at a time; what is small, as tensors of

@@ -39,13 +39,15 @@ LOMO_HD uint32_t at_most(uint32_t a, uint32_t limit) { return a < limit ? a : li
 //   load(bits) -> float, exact; bits above the format's width are ignored;
 //   nearest(x), ties to even;
 //   stochastic(x, r): up with probability (x - below) / (above - below) when r is uniform over
-//   [0, 2^16). Infinity counts as the neighbour above the largest finite value.
+//   [0, 2^16). Infinity counts as the neighbour above the largest finite value;
+//   stochastic_of_number(x, r): likewise, of what is no NaN.
 
 struct Float32 {
   using Bits = uint32_t;
   static LOMO_HD float load(uint32_t b) { return bits_float(b); }
   static LOMO_HD Bits nearest(float x) { return float_bits(x); }
   static LOMO_HD Bits stochastic(float x, uint32_t) { return float_bits(x); }
+  static LOMO_HD Bits stochastic_of_number(float x, uint32_t) { return float_bits(x); }
 };
 
 struct BFloat16 {
@@ -64,7 +66,11 @@ struct BFloat16 {
   }
 
   static LOMO_HD Bits stochastic(float x, uint32_t random) {
-    return x != x ? kNaN : Bits((float_bits(x) + (random & 0xffff)) >> 16);
+    return x != x ? kNaN : stochastic_of_number(x, random);
+  }
+
+  static LOMO_HD Bits stochastic_of_number(float x, uint32_t random) {
+    return Bits((float_bits(x) + (random & 0xffff)) >> 16);
   }
 };
 
@@ -103,17 +109,30 @@ struct Float16 {
   }
 
   static LOMO_HD Bits stochastic(float x, uint32_t random) {
+    return x != x ? kNaN : stochastic_of_number(x, random);
+  }
+
+  static LOMO_HD Bits stochastic_of_number(float x, uint32_t random) {
     const uint32_t sign = (float_bits(x) >> 16) & 0x8000;
     const uint32_t a = at_most(float_bits(x) & 0x7fffffff, kOverflow);
-    // `scaled` counts 2^-16ths of the spacing of fp16 around x, so that adding 16 random bits and
-    // dropping 16 rounds. Below 2^-14 the spacing is fixed and bits under the 16th are dropped: a
-    // bias of at most 2^-16 of the smallest subnormal.
+    return Bits(sign | ((scaled(a) + (random & 0xffff)) >> 16));
+  }
+
+ private:
+  // |x| in 2^-16ths of the spacing of fp16 around it, so that adding 16 random bits and dropping 16
+  // rounds. Below 2^-14 the spacing is fixed and bits under the 16th are dropped: a bias of at most
+  // 2^-16 of the smallest subnormal.
+  static LOMO_HD uint32_t scaled(uint32_t a) {
+    const uint32_t normal = (a - kRebias) << 3;
+#ifdef __CUDA_ARCH__
+    // A branch that few warps take: one weight in hundreds is that small.
+    if (__builtin_expect(a >= kSmallestNormal, 1)) return normal;
+#endif
     const uint32_t exponent = a >> 23;
     const uint32_t mantissa = (a & 0x7fffff) | (exponent ? 0x800000u : 0u);
     const uint32_t right = 110 - at_most(exponent, 110), left = exponent > 110 ? exponent - 110 : 0;
     const uint32_t subnormal = (mantissa >> at_most(right, 31)) << at_most(left, 2);
-    const uint32_t scaled = a < kSmallestNormal ? subnormal : (a - kRebias) << 3;
-    return x != x ? kNaN : Bits(sign | ((scaled + (random & 0xffff)) >> 16));
+    return a < kSmallestNormal ? subnormal : normal;
   }
 };
 

@@ -9,6 +9,8 @@ constexpr int kThreads = 256;
 
 // Kernel arguments may take 32,764 bytes (CUDA 12.1 and later, sm_70 and later).
 constexpr int kMany = 512;
+// All of them are copied for every launch: lists of a few tensors have a table of their own.
+constexpr int kFew = 32;
 
 template <typename Item, int kCapacity>
 struct Table {

@@ -10,8 +10,11 @@ import torch
 
 from lomo_kernels.ops import native
 
-# Around every vector (4, 8), block (1024, 2048) and chunk (16384) edge.
-SIZES = (0, 1, 7, 8, 9, 15, 16, 17, 127, 1023, 1024, 1025, 2047, 2048, 2049, 4097, 20_000)
+# Around every vector (4, 8), block (1024, 2048, 4096) and chunk (16384) edge.
+SIZES = (
+    0, 1, 7, 8, 9, 15, 16, 17, 127, 1023, 1024, 1025, 2047, 2048, 2049, 4095, 4096, 4097, 6150,
+    20_000,
+)  # fmt: skip
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 PAIRS = ((F32, F32), (F32, BF16), (F32, F16), (BF16, BF16), (BF16, F32), (F16, F16), (F16, F32))

@@ -121,7 +121,7 @@ def test_cuda_kernel_bodies(ranges, far):
     g.elements(far, 1).fill_(1.0)
     module, library = cuda_on_cpu.module(), cuda_on_cpu.library()
     rows = torch.tensor([p.address, g.address, 0, count, 0, 0])
-    block = far // 2048
+    block = far // 4096
     library.test_only_blocks(block - 1, block + 1)
     try:
         module.cuda_update(

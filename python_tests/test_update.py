@@ -152,6 +152,24 @@ def test_a_list_is_updated_as_its_tensors_one_by_one(backend, format):
 
 
 @ALL_BACKENDS
+@pytest.mark.parametrize("length", [2, 32, 33])
+def test_lists_around_the_sizes_of_a_table(backend, length):
+    """CUDA's launcher takes the smallest of three tables."""
+    params = [random_values(5 + 200 * (k % 3), BF16) for k in range(length)]
+    grads = [random_values(p.numel(), BF16) for p in params]
+    want, got = [p.clone() for p in params], [p.to(backend.device, copy=True) for p in params]
+    ops.lomo_update_(want, grads, lr=0.1, rounding="stochastic", backend="reference")
+    sumsq = torch.empty(length, device=backend.device)
+    with backend.active():
+        grads = [g.to(backend.device) for g in grads]
+        ops.lomo_update_(got, grads, lr=0.1, rounding="stochastic", backend=backend.name)
+        ops.grad_sumsq_(sumsq, grads, backend=backend.name)
+    assert all(same_bits(a, b) for a, b in zip(got, want))
+    norms = torch.stack([g.double().square().sum() for g in grads])
+    torch.testing.assert_close(sumsq.double(), norms, rtol=1e-6, atol=0.0)
+
+
+@ALL_BACKENDS
 def test_a_list_may_mix_dtypes(backend):
     formats = [(BF16, BF16), (F32, F32), (BF16, BF16), (F16, F32), (F32, BF16)]
     params = [random_values(100, p) for p, _ in formats]
