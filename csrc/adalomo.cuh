@@ -68,8 +68,37 @@ __device__ __forceinline__ int row_of_thread(int step) {
   return step * kAdaLanes + int(threadIdx.x / 32);
 }
 
-// First sweep: squares of the gradient by rows and columns of the tile.
-template <typename G>
+// The sums over a warp of kRows rows at once, in the order of add_warp: in the first exchanges a
+// lane gives half of its rows for the other half of its neighbour's, so that six take the place of
+// twenty. Lane l has the sum of row_of_lane(l).
+template <int kRows>
+__device__ __forceinline__ float add_rows(float (&row)[kRows]) {
+  static_assert(kRows == 2 || kRows == 4);
+  int distance = 1;
+#pragma unroll
+  for (int half = kRows / 2; half >= 1; half /= 2, distance *= 2) {
+    const bool upper = threadIdx.x & distance;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float given = upper ? row[i] : row[i + half];
+      const float kept = upper ? row[i + half] : row[i];
+      row[i] = kept + __shfl_xor_sync(0xffffffffu, given, distance);
+    }
+  }
+  float sum = row[0];
+#pragma unroll
+  for (; distance < 32; distance *= 2) sum = sum + __shfl_xor_sync(0xffffffffu, sum, distance);
+  return sum;
+}
+
+template <int kRows>
+__device__ __forceinline__ int row_of_lane(int lane) {
+  return kRows == 2 ? lane & 1 : (lane & 1) * 2 + (lane >> 1 & 1);
+}
+
+// First sweep: squares of the gradient by rows and columns of the tile. kClips: whether clipping by
+// value may make a finite number of an infinite one; without it an infinity shows in the sums.
+template <typename G, bool kClips>
 __global__ void __launch_bounds__(kThreads)
     ada_stats_kernel(const __grid_constant__ AdaItem t, const __grid_constant__ AdaArgs args) {
   const TilePlace at(t, blockIdx.x);
@@ -84,6 +113,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i)
       Eight(t, at, row_of_thread(begin + i)).load<false>(g[i], grad);
+    float sums[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       float square[8];
@@ -91,15 +121,17 @@ __global__ void __launch_bounds__(kThreads)
       for (int k = 0; k < 8; ++k) {
         const float stored_g = G::load(g[i][k]);
         const float x = rule.clip(stored_g);
-        finite &= is_finite(stored_g);
+        if constexpr (kClips) finite &= is_finite(stored_g);
         square[k] = x * x;
         column[k] = column[k] + square[k];
       }
-      const float sum = add_warp(add_eight(square));
-      const int64_t row = at.row + row_of_thread(begin + i);
-      if (threadIdx.x % 32 == 0 && row < t.rows)
-        t.row_parts[(at.batch * t.across + at.tj) * t.rows + row] = sum;
+      sums[i] = add_eight(square);
     }
+    const float sum = add_rows(sums);
+    const int lane = int(threadIdx.x % 32);
+    const int64_t row = at.row + row_of_thread(begin + row_of_lane<kAtOnce>(lane));
+    if (lane < kAtOnce && row < t.rows)
+      t.row_parts[(at.batch * t.across + at.tj) * t.rows + row] = sum;
   }
   __shared__ float lanes[kAdaLanes][kTileCols];
 #pragma unroll

@@ -130,7 +130,9 @@ Status adalomo_of(const AdaRef* tensors, int64_t count, const AdaArgs& args, cud
     const Status status =
         for_tables<1>(&tensors[k], 1, one, [&](const auto& table, int64_t blocks, int64_t) {
           const AdaItem& t = table.item[0];
-          launch(ada_stats_kernel<G>, blocks, stream, t, args);
+          const bool clips = args.clip_value < INFINITY;
+          launch(clips ? ada_stats_kernel<G, true> : ada_stats_kernel<G, false>, blocks, stream, t,
+                 args);
           const int64_t groups = t.batch * (t.row_groups + t.col_groups);
           if (groups > 0) launch(ada_moments_kernel, groups, stream, t, args);
           sweep(table, blocks, std::true_type());

@@ -131,7 +131,10 @@ def test_more_than_256_rows_and_tiles(backend):
 
 
 @ALL_BACKENDS
-@pytest.mark.parametrize("kind", ["infinity", "nan", "squares overflow", "skip"])
+@pytest.mark.parametrize(
+    "kind",
+    ["infinity", "nan", "infinity, not clipped", "nan, not clipped", "squares overflow", "skip"],
+)
 @pytest.mark.parametrize("shape", [(9, 300), (3, 4, 9), (300,)], ids=str)
 def test_overflow_changes_nothing_at_all(backend, kind, shape):
     p, good = values(shape, BF16, 0.1), values(shape, F32)
@@ -143,7 +146,9 @@ def test_overflow_changes_nothing_at_all(backend, kind, shape):
         options["clip_value"] = None
         bad.view(-1)[-1] = 3e19
     else:
-        bad.view(-1)[-1] = -math.inf if kind == "infinity" else math.nan
+        if "not clipped" in kind:
+            options["clip_value"] = None
+        bad.view(-1)[-1] = -math.inf if "infinity" in kind else math.nan
     want = check(backend, p, [bad], options)
     assert want["found_inf"] == 1
     assert torch.equal(want["param"], p)
