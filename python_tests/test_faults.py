@@ -305,27 +305,100 @@ def gradients(model, fault, step, scale):
     return [p.grad for p in plain.parameters()]
 
 
-def nothing_is_left(optimizer, model):
+def nothing_waits(optimizer, model):
     assert all(p.grad is None for p in model.parameters())
-    assert not optimizer._step.pending
-    assert not optimizer._step.updated
-    assert not optimizer._measuring
-    assert not optimizer._holding
-    assert optimizer._norms is None
-    assert not optimizer._step.norm_known
+    assert not optimizer.waiting_tensors()
+
+
+def nothing_is_left(optimizer, model):
+    """Nor updates to come, which a bare step() would make."""
+    nothing_waits(optimizer, model)
+    before, counters = models.snapshot(model), [g["step"] for g in optimizer.param_groups]
+    optimizer.step()
+    assert models.same(model, before)
+    assert [g["step"] for g in optimizer.param_groups] == counters
+
+
+def in_torch(setup, model, optimizer, step):
+    """Autograd, torch's clipping and SGD's step on a copy in float64 -> (its parameters, the norm).
+
+    Gradients are those of the model in its own dtype."""
+    plain = copy.deepcopy(model)
+    scale = optimizer.loss_scale or 1.0
+    (loss_of(plain, step) * scale).backward()
+    clip, params = CLIPS[setup.clip], list(plain.parameters())
+    exact = {id(p): p.detach().double() for p in params}
+    for p, low in zip(params, lows_of(optimizer, model)):
+        if low is not None:  # the master of "split" is the parameter and 16 more bits
+            bits = (p.detach().view(torch.int16).int() << 16) + low.int()
+            exact[id(p)] = bits.view(torch.float32).double()
+    twins = [torch.nn.Parameter(exact[id(p)], p.requires_grad) for p in params]
+    for p, twin in zip(params, twins):
+        twin.grad = None if p.grad is None else p.grad.double() / scale
+    trained = [twin for twin in twins if twin.grad is not None]
+    norm = nn.utils.get_total_norm([twin.grad for twin in trained]).item()
+    coefficients = {}
+    for twin in trained:
+        own = twin.grad.norm().item() if setup.clip == "tensor" else norm
+        coefficients[twin] = min(1.0, clip.get("clip_grad_norm", math.inf) / (own + 1e-6))
+    rates = [{k: g[k] for k in ("lr", "weight_decay")} for g in optimizer.param_groups]
+    with torch.no_grad():
+        for i, twin in enumerate(twins):
+            if twin in coefficients:
+                nn.utils.clip_grad_value_([twin], clip.get("clip_grad_value", math.inf))
+                twin.grad.mul_(coefficients[twin])
+                rate = rates[i % setup.groups]
+                twin.mul_(1 - rate["lr"] * rate["weight_decay"])
+                torch.optim.SGD([twin], lr=rate["lr"]).step()
+    return [twin.detach() for twin in twins], norm
+
+
+def lows_of(optimizer, model):
+    return [optimizer.state.get(p, {}).get("low") for p in model.parameters()]
+
+
+@torch.no_grad()
+def is_the_step_of_torch(setup, model, before, expected):
+    unit = torch.finfo(setup.dtype).eps
+    for p, old, q in zip(model.parameters(), before, expected, strict=True):
+        if not p.numel():
+            continue
+        error, moved = ((p.double() - q).abs().max(), (q - old.double()).abs().max())
+        if setup.dtype is torch.float32:
+            assert error <= 1e-4 * moved + 2.0**-23 * old.abs().max()
+        else:  # autograd rounds gradients to 16 bits where factors keep more; tiny ones are lost
+            assert error <= unit * q.abs().max() + 0.05 * moved + 1e-6
+
+
+def makes_the_step_of_torch(setup, optimizer, model, step):
+    expected, norm = in_torch(setup, model, optimizer, step)
+    before = models.snapshot(model)
+    setup.drive(optimizer, model, step)
+    assert not optimizer.last_step_skipped
+    is_the_step_of_torch(setup, model, before, expected)
+    if optimizer.last_grad_norm is not None:
+        tolerance = 1e-4 if setup.dtype is torch.float32 else 0.02
+        assert optimizer.last_grad_norm == pytest.approx(norm, rel=tolerance, abs=1e-6)
+
+
+def goes_on(setup, optimizer, model):
+    for step in range(10, 12):
+        makes_the_step_of_torch(setup, optimizer, model, step)
+    nothing_is_left(optimizer, model)
 
 
 def goes_on_like_a_new_one(setup, optimizer, model):
-    """To the bit, from the same weights and counters."""
+    """As torch, and to the bit as an optimizer that never met the fault, from the same weights and
+    counters."""
     other = copy.deepcopy(model)
     fresh = setup.optimizer(other)
     fresh.load_state_dict(optimizer.state_dict())
     for step in range(10, 12):
-        setup.drive(optimizer, model, step)
+        makes_the_step_of_torch(setup, optimizer, model, step)
         setup.drive(fresh, other, step)
         assert models.same(model, models.snapshot(other))
         assert optimizer.last_grad_norm == fresh.last_grad_norm
-        assert optimizer.last_step_skipped == fresh.last_step_skipped
+        assert optimizer.explain() == fresh.explain()
         saved, expected = optimizer.state_dict(), fresh.state_dict()
         for a, b in zip(saved["param_groups"], expected["param_groups"], strict=True):
             assert a["step"] == b["step"]
@@ -357,11 +430,11 @@ def test_a_value_that_is_not_finite(recipe, setup, fault):
         assert p.isfinite().all()
         kept = torch.ones_like(p, dtype=torch.bool) if g is None else ~g.isfinite()
         assert torch.equal(p[kept], old[kept])
-    nothing_is_left(optimizer, model)
+    nothing_waits(optimizer, model)
     goes_on_like_a_new_one(setup, optimizer, model)
 
 
-@settings(max_examples=60, **REPRODUCIBLE)
+@settings(max_examples=200, **REPRODUCIBLE)
 @given(recipes(fewest=1), setups(), faults(["raise forward", "raise backward", "raise between"]))
 def test_an_error_in_the_middle(recipe, setup, fault):
     model, optimizer, before = until_the_fault(recipe, setup, fault)
@@ -379,7 +452,8 @@ def test_an_error_in_the_middle(recipe, setup, fault):
         assert models.same(model, before)  # no update is made before backward
     if setup.driver == "loop" or fault.kind == "raise between":
         optimizer.zero_grad()
-    # A forward that no step followed stays noted, which can change the strategy and the last bits.
-    optimizer._watch.seen.clear()
-    nothing_is_left(optimizer, model)
-    goes_on_like_a_new_one(setup, optimizer, model)
+    nothing_waits(optimizer, model)
+    if fault.kind == "raise backward" and setup.driver != "loop":
+        goes_on_like_a_new_one(setup, optimizer, model)
+    else:  # the optimizer saw a forward, and not its end: another strategy may be picked once
+        goes_on(setup, optimizer, model)

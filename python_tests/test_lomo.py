@@ -357,21 +357,27 @@ def test_gradients_in_another_memory_layout():
     assert models.difference(convolution, expected) < FP32
 
 
-@pytest.mark.parametrize("other", ["Lomo", "AdamW"])
-@pytest.mark.parametrize("clip", [None, 0.1])
-def test_several_optimizers_on_one_model(other, clip):
-    """A norm pass of one must not show the others their gradients twice."""
+@pytest.mark.parametrize("other", ["Lomo", "SGD", "AdamW"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"clip_grad_norm": 0.1}, {"clip_grad_norm": 0.1, "strategy": "two_backward"}],
+    ids=["free", "one backward", "two backwards"],
+)
+def test_several_optimizers_on_one_model(other, options):
+    """A norm pass of one, which is a backward more, must not show the others their gradients
+    twice."""
+    clip = options.get("clip_grad_norm")
     model, expected = models.build(), models.build()
 
     def halves(m):
         return list(m.blocks.parameters()), [*m.embedding.parameters(), *m.head.parameters()]
 
     mine, theirs = halves(model)
-    optimizer = Lomo(mine, lr=LR, clip_grad_norm=clip)
-    second = Lomo(theirs, lr=0.01) if other == "Lomo" else torch.optim.AdamW(theirs, lr=0.01)
+    optimizer = Lomo(mine, lr=LR, **options)
+    second = Lomo(theirs, lr=0.01) if other == "Lomo" else getattr(torch.optim, other)(theirs, 0.01)
     same_mine, same_theirs = halves(expected)
     sgd = torch.optim.SGD(same_mine, lr=LR)
-    oracle = (torch.optim.SGD if other == "Lomo" else torch.optim.AdamW)(same_theirs, lr=0.01)
+    oracle = getattr(torch.optim, "SGD" if other == "Lomo" else other)(same_theirs, lr=0.01)
     for step in range(3):
         optimizer.backward(models.loss_of(model, step))
         second.step()

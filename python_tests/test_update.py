@@ -182,8 +182,20 @@ def test_a_list_may_mix_dtypes(backend):
     assert all(same_bits(a, b) for a, b in zip(got, want))
 
 
-def test_an_empty_list_is_nothing_to_do():
-    ops.lomo_update_([], [], lr=0.1)
+@ALL_BACKENDS
+def test_an_empty_list_is_nothing_to_do(backend, monkeypatch):
+    """No launch, and flags of others stay; what is wrong with the rest is still said."""
+    launches = []
+    module = ops.pick_backend(backend.device, backend.name)
+    monkeypatch.setattr(module, "lomo_update_", lambda *a, **k: launches.append(a))
+    flags = {name: torch.full((1,), 7.0, device=backend.device) for name in ("found_inf", "skip")}
+    ops.lomo_update_([], [], lr=0.1, backend=backend.name, **flags)
+    assert not launches
+    assert all(flag.item() == 7.0 for flag in flags.values())
+    with pytest.raises(ValueError, match="grad"):
+        ops.lomo_update_([], [torch.ones(1)], lr=0.1, backend=backend.name)
+    with pytest.raises(ValueError, match="lr"):
+        ops.lomo_update_([], [], lr=-0.1, backend=backend.name)
 
 
 @ALL_BACKENDS
