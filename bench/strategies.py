@@ -11,8 +11,10 @@ from typing import NamedTuple
 
 import transformers
 
+from lomo_kernels import ops
 from lomo_kernels.memory.predict import Job, predict
-from lomo_kernels.optim import linear
+from lomo_kernels.ops import product_sumsq
+from lomo_kernels.optim import choosing
 
 from . import record
 
@@ -89,52 +91,56 @@ def vectors(shape):
 # -- bytes -----------------------------------------------------------------------------------------
 
 
-def keeps_factors(m, tokens, itemsize):
-    """FusedOptimizer._keep_product"""
+def factor_bytes(m, tokens, itemsize):
+    """Of the left and the right factor."""
     left = 8 * tokens if m.embedding else tokens * m.rows * itemsize
-    return left + tokens * m.cols * itemsize < m.numel * itemsize
+    return left, tokens * m.cols * itemsize
 
 
-def sizes(shape, tokens, itemsize):
-    """Bytes of what waits of each matrix; Watch.waiting"""
-    alive = False  # the input that is shared
-    for m in matrices(shape):
+def keeps_factors(m, tokens, itemsize):
+    return choosing.factors_are_smaller(sum(factor_bytes(m, tokens, itemsize)), m.numel * itemsize)
+
+
+def waits(shape, tokens, itemsize, checkpointing=False):
+    """What each matrix would keep until the norm is known, as `Lomo.would_wait` lists it; the keys
+    are indices into matrices(shape)."""
+    listed, alive = [], False  # the input that is shared
+    for i, m in enumerate(matrices(shape)):
         alive = alive and m.shares
-        if not keeps_factors(m, tokens, itemsize):
-            yield m.numel * itemsize
-            continue
-        left = 8 * tokens if m.embedding else tokens * m.rows * itemsize
-        yield left + (0 if alive else tokens * m.cols * itemsize)
-        alive = True
+        nbytes = m.numel * itemsize
+        if keeps_factors(m, tokens, itemsize):
+            left, right = factor_bytes(m, tokens, itemsize)
+            nbytes, alive = left + (0 if alive else right), True
+        listed.append(choosing.Waits(i, m.name, nbytes, checkpointing and m.recomputed))
+    return listed
 
 
 def waiting(shape, kept, tokens, itemsize):
     """Bytes at the end of backward of what waits; `kept`: indices into matrices(shape), from 0."""
-    matrices_too = sum(size for i, size in enumerate(sizes(shape, tokens, itemsize)) if i in kept)
-    return vectors(shape) * itemsize + matrices_too
+    listed = waits(shape, tokens, itemsize)
+    return vectors(shape) * itemsize + sum(each.nbytes for each in listed if each.key in kept)
 
 
 def parameters(shape):
     return sum(m.numel for m in matrices(shape)) + vectors(shape)
 
 
+def choice(strategy, shape, tokens, itemsize, checkpointing=False):
+    """The optimizer's own rule on the sizes of the whole model, with the default budget."""
+    small = [choosing.Waits("vectors", "", vectors(shape) * itemsize, True)]
+    budget = choosing.default_budget(parameters(shape) * itemsize)
+    listed = waits(shape, tokens, itemsize, checkpointing)
+    return choosing.chosen(strategy, small, listed, 0, budget)
+
+
 def partial(shape, tokens, itemsize):
-    """Indices of the matrices that wait by FusedOptimizer._kept, with the default budget."""
-    left, kept = parameters(shape) * itemsize // 4 - vectors(shape) * itemsize, set()
-    for i, size in enumerate(sizes(shape, tokens, itemsize)):
-        left -= size
-        if left < 0:
-            break
-        kept.add(i)
-    return kept
+    """Indices of the matrices that wait by strategy "partial"."""
+    return set(choice("partial", shape, tokens, itemsize).keeps) - {"vectors"}
 
 
 def auto(shape, tokens, checkpointing, itemsize=2):
-    """FusedOptimizer._choose, with the default budget."""
-    pairs = zip(matrices(shape), sizes(shape, tokens, itemsize), strict=True)
-    needed = sum(size for m, size in pairs if m.recomputed)
-    within = not checkpointing or needed <= parameters(shape) * itemsize // 4
-    return "one_backward" if within else "partial"
+    """What strategy "auto" takes."""
+    return choice("auto", shape, tokens, itemsize, checkpointing).strategy
 
 
 def job(strategy, tokens, checkpointing, dtype="bfloat16", device="cuda"):
@@ -166,9 +172,10 @@ def peak(shape, *of_job, **options):
 
 
 def gram_flops(m, tokens):
-    """linear.gram_sumsq: tiles of half of the two symmetric matrices; one-hot rows cost nothing."""
-    full, rest = divmod(tokens, linear.TOKENS)
-    squares = full * linear.TOKENS**2 + rest**2  # of the tiles on the diagonal
+    """ops.product_sumsq_: tiles of half of two symmetric matrices; one-hot rows cost nothing."""
+    tile = product_sumsq.TILE
+    full, rest = divmod(tokens, tile)
+    squares = full * tile**2 + rest**2  # of the tiles on the diagonal
     return (m.cols if m.embedding else m.rows + m.cols) * (tokens**2 + squares)
 
 
@@ -184,7 +191,7 @@ def attention_flops(shape, tokens):
 
 def first_flops(m, tokens, itemsize, strategy, waits):
     """A weight's gradient and its norm in the first or only backward, and updates that waited."""
-    form, by_gram = product_flops(m, tokens), linear.gram_is_cheaper(tokens, m.rows, m.cols)
+    form, by_gram = product_flops(m, tokens), ops.gram_is_cheaper(tokens, m.rows, m.cols)
     if strategy == "none":
         return form
     if not waits:  # until the second backward

@@ -14,6 +14,10 @@ import torch
 from . import __version__, finetune, memory, ops
 from .finetune import checkpoint, data
 from .integrations import huggingface
+from .optim import OPTIMIZERS
+from .optim.arguments import STRATEGIES
+
+OURS = " and ".join(OPTIMIZERS)
 
 
 def main(arguments=None):
@@ -65,7 +69,7 @@ def _add_finetune_options(tune):
     add("--train", "file of examples: .jsonl with prompt and completion (or text), or plain text")
     add("--held-out", "file of examples for the score; without it a tenth of --train")
     add("--out", "folder for checkpoints and the model; an interrupted run goes on there")
-    add("--optimizer", "lomo, adalomo, sgd or adamw")
+    add("--optimizer", ", ".join(finetune.OPTIMIZERS))
     add("--compare", "other optimizers on the same data, e.g. sgd,adamw or sgd=0.1,adamw=3e-5")
     add(
         "--lr",
@@ -87,7 +91,7 @@ def _add_finetune_options(tune):
     add("--norm", "global: one norm of all gradients; tensor: each tensor's own")
     add(
         "--strategy",
-        "how lomo and adalomo update: auto, one_backward, two_backward, partial or immediate",
+        f"how {OURS} update: {', '.join(STRATEGIES)}",
     )
     add("--clip-grad-value", "largest absolute value of a gradient element", float)
     add("--weight-decay", "decoupled weight decay", float)
@@ -121,9 +125,9 @@ def _add_plan_options(plan):
     names = ", ".join(huggingface.CONFIGS)
     add("--model", f"a config.json, a folder with one, or {names}", required=True)
     add("--optimizer", ", ".join(memory.OPTIMIZERS))
-    add("--clip-grad-norm", "of lomo and adalomo; 0 switches it off", float)
-    add("--strategy", "of lomo and adalomo: auto, one_backward, two_backward, partial, immediate")
-    add("--rounding", "of lomo and adalomo: auto, nearest, stochastic or split")
+    add("--clip-grad-norm", f"of {OURS}; 0 switches it off", float)
+    add("--strategy", f"of {OURS}: {', '.join(STRATEGIES)}")
+    add("--rounding", f"of {OURS}: auto, nearest, stochastic or split")
     add("--dtype", "of the parameters: float32, bfloat16 or float16")
     add("--batch", "sequences of a step, on each device", int)
     add("--sequence", "tokens of a sequence", int)

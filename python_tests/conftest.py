@@ -1,6 +1,10 @@
 import os
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes on the same cores: threads wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded
+
 import torch
 
 if not torch.cuda.is_available():

@@ -10,7 +10,7 @@ from lomo_kernels import AdaLomo, Lomo, ops
 from lomo_kernels.optim import watching
 
 CPU = timing.Where(torch.device("cpu"), 2**20, None, 4096)
-CLIPPED = {"clip_grad_norm": 1.0}
+CLIPPED = bench_host.CLIPPED
 
 
 @pytest.fixture(autouse=True)

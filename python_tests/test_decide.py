@@ -163,7 +163,8 @@ def floats(count, **options):
     [
         ({"decisions": 3}, TypeError, "decisions must be a tensor, got int"),
         ({"decisions": floats(7)}, ValueError, "decisions must have 8 elements, got 7"),
-        ({"decisions": floats(8).double()}, TypeError, "decisions must be contiguous float32, got"),
+        ({"decisions": floats(8).half()}, TypeError, "decisions must be contiguous float32, got"),
+        ({"out": floats(8).double()}, TypeError, "out must be torch.float32 as decisions is, got"),
         ({"decisions": floats(16)[::2]}, TypeError, "decisions must be contiguous float32, got"),
         ({"sumsq": 1.0}, TypeError, "sumsq must be a tensor, got float"),
         ({"sumsq": floats(0)}, ValueError, "sumsq must have at least one element, got none"),

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
-from lomo_kernels import Lomo, ops
+from lomo_kernels import AdaLomo, Lomo, ops
 
 LR = 0.3
 # Ours rounds lr * g before the subtraction, torch's SGD fuses the two: one unit in the last place
@@ -391,16 +392,25 @@ def test_several_optimizers_on_one_model(other, options):
     assert models.difference(model, expected) < 1e-5
 
 
-def test_two_optimizers_on_one_parameter_are_noticed():
-    model = models.build()
-    first = Lomo(model)
-    with pytest.raises(ValueError, match=r"embedding\.weight belongs to another optimizer already"):
-        Lomo(model)
-    first.remove()
-    second = Lomo(model)
-    second.fused_backward(models.loss_of(model))
+def test_a_second_optimizer_takes_over_from_the_first(caplog):
+    model, expected = models.build(), models.build()
+    first = Lomo(model, lr=LR, clip_grad_norm=0.2)
+    models.loss_of(model, 0).backward()  # whose gradients are gone with the optimizer
+    assert "takes over" not in caplog.text
+    second = Lomo(model, lr=LR)
+    assert "takes over" in caplog.text
+    for refused in (first.step, lambda: first.backward(models.loss_of(model))):
+        with pytest.raises(RuntimeError, match="were taken over by another one"):
+            refused()
+    models.with_loop(second, model, 1)
+    sgd_step(expected, 1)
+    assert models.difference(model, expected) < FP32
+    caplog.clear()
     del second
+    third = Lomo(model)
+    third.remove()
     Lomo(model)
+    assert not caplog.text
 
 
 def test_clipping_from_outside_is_noticed():
@@ -429,7 +439,9 @@ def test_an_enabled_grad_scaler_is_refused(norm):
     scaler.scale(models.loss_of(model)).backward()
     with pytest.raises(RuntimeError, match="switch it off and pass loss_scale to the optimizer"):
         scaler.step(optimizer)
-    optimizer.zero_grad()
+    told = pytest.warns(UserWarning, match="taken back")
+    with told if norm is None else contextlib.nullcontext():
+        optimizer.zero_grad()
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     scaler.scale(models.loss_of(model)).backward()
     scaler.step(optimizer)
@@ -450,7 +462,10 @@ def test_a_function_without_a_gradient_for_its_weight():
 
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = Lomo([weight], lr=LR)
-    optimizer.backward(Constant.apply(torch.ones(3, requires_grad=True), weight).sum())
+    x = torch.ones(3, requires_grad=True)
+    optimizer.backward(Constant.apply(x, weight).sum())
+    optimizer = Lomo([weight], lr=LR)
+    optimizer.backward(checkpoint(lambda x: Constant.apply(x, weight), x, use_reentrant=True).sum())
     assert torch.equal(weight, torch.ones(3))
 
 
@@ -589,7 +604,8 @@ def test_a_second_backward_in_one_step_is_refused():
     models.loss_of(model, 0).backward()
     with pytest.raises(RuntimeError, match="received a second gradient in one step"):
         models.loss_of(model, 1).backward()
-    optimizer.zero_grad()
+    with pytest.warns(UserWarning, match="updates made in backward cannot be taken back"):
+        optimizer.zero_grad()
     models.with_loop(optimizer, model, 2)
 
 
@@ -684,6 +700,18 @@ def test_step_without_backward_does_nothing():
     optimizer.step()
     assert optimizer.param_groups[0]["step"] == 1
     assert not models.same(model, before)
+
+
+def test_steps_after_training_are_silent():
+    model = models.build()
+    for options in ({}, {"clip_grad_norm": 1.0}):
+        optimizer = Lomo(model, lr=LR, **options)
+        models.with_backward(optimizer, model, 0)
+        before = models.snapshot(model)
+        for _ in range(3):
+            optimizer.step()
+        assert models.same(model, before)
+        optimizer.remove()
 
 
 def test_closure():
@@ -859,6 +887,7 @@ def test_a_weight_shared_by_reentrant_segments_is_refused():
         ({"factor_budget": 1.5}, TypeError, "factor_budget must be a number of bytes or None, got"),
         ({"rounding": "up"}, ValueError, "rounding must be 'auto' or one of"),
         ({"seed": -1}, ValueError, "seed must be an integer in [0, 2**64), got -1"),
+        ({"seed": 2**64}, ValueError, "seed must be an integer in [0, 2**64), got 184467440737"),
         ({"backend": "gpu"}, ValueError, "backend must be 'auto' or one of"),
     ],
 )  # fmt: skip
@@ -872,8 +901,12 @@ def test_bad_arguments(arguments, error, message):
 def test_bad_models():
     with pytest.raises(ValueError, match="rounding 'split' is for bfloat16 parameters"):
         Lomo(models.build(torch.float16), rounding="split")
-    with pytest.raises(TypeError, match=r"embedding.weight must be float32.* got torch.float64"):
-        Lomo(models.build(torch.float64))
+    with pytest.raises(RuntimeError, match="float64 runs on the backend 'reference' alone"):
+        Lomo(models.build(torch.float64), backend="native")
+    with pytest.raises(TypeError, match=r"weight must be one of float32.* got torch.float64"):
+        AdaLomo(models.build(torch.float64))
+    with pytest.raises(TypeError, match=r"a parameter must be one of .* got torch.complex64"):
+        Lomo([nn.Parameter(torch.zeros(3, dtype=torch.complex64))])
     with pytest.raises(ValueError, match=r"empty parameter list"):
         Lomo([])
     embedding = nn.Embedding(5, 2, sparse=True)

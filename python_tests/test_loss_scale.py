@@ -1,6 +1,7 @@
 """Loss scaling: GradScaler's trajectory, exact composition with clipping, checkpoints, warnings."""
 
 import contextlib
+import copy
 import math
 import random
 import re
@@ -10,10 +11,11 @@ import models
 import pytest
 import torch
 from test_lomo import spoiled_loss
+from torch import nn
 
 from lomo_kernels import Lomo, LossScale, ops
-from lomo_kernels.optim.decisions import Decisions
 from lomo_kernels.optim.loss_scale import STUCK
+from lomo_kernels.optim.scalars import StepScalars
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 LR = 0.3
@@ -207,6 +209,32 @@ def test_half_a_step_of_each_kind_is_refused():
     by_scaled_loop(optimizer, models.loss_of(model))
 
 
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(64, 64, bias=False), nn.LayerNorm(64)], ids=["factors", "vectors"]
+)
+def test_half_a_step_of_each_kind_is_refused_where_gradients_wait(layer):
+    layer = copy.deepcopy(layer).to(F16)
+    optimizer = Lomo(layer, clip_grad_norm=1.0)
+    x = torch.randn(8, 64, dtype=F16)
+    layer(x).float().square().mean().backward()
+    with pytest.raises(RuntimeError, match="used gradients of a loss that was not scaled"):
+        optimizer.scale(layer(x).float().square().mean())
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_grad_norm": 1.0}], ids=str)
+def test_a_fixed_scale_stays_after_an_overflow(options):
+    model, expected = models.build(), models.build()
+    optimizer = Lomo(model, lr=LR, loss_scale=128.0, **options)
+    optimizer.backward(models.loss_of(model) * math.inf)
+    optimizer.backward(models.loss_of(model, 1))
+    models.loss_of(expected, 1).backward()
+    if options:
+        nn.utils.clip_grad_norm_(expected.parameters(), 1.0)
+    torch.optim.SGD(expected.parameters(), lr=LR).step()
+    assert models.difference(model, expected) < 1e-6
+    assert optimizer.loss_scale == 128.0
+
+
 def test_a_bare_backward_that_is_refused_can_be_followed_by_a_scaled_one():
     model = models.build(F16)
     optimizer = Lomo(model, lr=LR, clip_grad_norm=1.0, strategy="two_backward")
@@ -332,28 +360,28 @@ def test_two_devices():
     """The norm is over both, the flag of one is everyone's. (To torch cpu:0 is another place.)"""
     first, second = torch.device("cpu"), torch.device("cpu", 0)
     for bad in (False, True):
-        decisions = Decisions(64.0, LossScale(64.0, growth_interval=1), "auto")
-        decisions.scaled = True
-        decisions.open(first)
-        one, two = decisions.on(first), decisions.on(second)
+        scalars = StepScalars(64.0, LossScale(64.0, growth_interval=1), "auto", torch.zeros(1))
+        scalars.scaled = True
+        scalars.open()
+        one, two = scalars.on(first), scalars.on(second)
         assert one.values.data_ptr() != two.values.data_ptr()
         assert torch.equal(one.values, two.values)
         two.skip.fill_(float(bad))
-        norm = decisions.decide([torch.tensor([4.0, 0.0]), torch.tensor([5.0])], 1.0)
+        norm = scalars.decide([torch.tensor([4.0, 0.0]), torch.tensor([5.0])], 1.0)
         assert norm.item() == 3.0
         for device in (one, two):
             assert device.clip_coef.item() == pytest.approx(1 / 3)
             assert device.flags.tolist() == [bad, bad]
             assert device.inv_scale.item() == 1 / 64
-        assert decisions.on(torch.device("meta")).clip_coef is not None  # a later one too
-        del decisions._devices[torch.device("meta")]
-        assert len(decisions.close()) == 2
-        assert decisions.state()["grad_scale"] == (32.0 if bad else 128.0)
+        assert scalars.on(torch.device("meta")).clip_coef is not None  # a later one too
+        del scalars._devices[torch.device("meta")]
+        assert len(scalars.close()) == 2
+        assert scalars.state()["grad_scale"] == (32.0 if bad else 128.0)
 
-    decisions = Decisions(1.0, None, "auto")
-    decisions.open(first)
-    decisions.on(second).skip.fill_(1.0)  # no norm pass: found at the end
-    assert decisions.close()[0].flags.tolist() == [1.0, 1.0]
+    scalars = StepScalars(1.0, None, "auto", torch.zeros(1))
+    scalars.open()
+    scalars.on(second).skip.fill_(1.0)  # no norm pass: found at the end
+    assert scalars.close()[0].flags.tolist() == [1.0, 1.0]
 
 
 # -- warning at the floor ------------------------------------------------------------------------
@@ -433,6 +461,10 @@ def test_old_checkpoints_and_other_configurations():
 
 
 # -- arguments -----------------------------------------------------------------------------------
+
+
+def test_a_scale_may_begin_at_its_minimum():
+    assert LossScale(init_scale=4.0, min_scale=4.0).init_scale == 4.0
 
 
 def test_defaults_are_gradscaler_s():

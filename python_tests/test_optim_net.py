@@ -12,13 +12,14 @@ from test_lomo import spoiled_loss
 from torch import nn
 
 from lomo_kernels import AdaLomo, Lomo, LossScale
+from lomo_kernels.ops import product_sumsq
 
 LR = 0.3
 FP32 = 1e-6  # see test_lomo.py
 BF16 = torch.bfloat16
 STRATEGIES = {
     "free": {},
-    "one_backward": {"clip_grad_norm": 0.2},
+    "one_backward": {"clip_grad_norm": 0.2, "strategy": "one_backward"},
     "two_backward": {"clip_grad_norm": 0.2, "strategy": "two_backward"},
     "partial": {"clip_grad_norm": 0.2, "strategy": "partial", "factor_budget": 3000},
     "tensor": {"clip_grad_norm": 0.2, "norm": "tensor"},
@@ -144,7 +145,7 @@ def test_vectors_that_wait_together_keep_the_rounding_of_their_type(order):
     exact = nn.Parameter(torch.ones(4096))
     optimizer = Lomo([short, exact][::order], lr=1e-3, clip_grad_norm=1e6)
     for _ in range(20):
-        optimizer.backward(0.5 * (short.float().sum() + exact.sum()))
+        optimizer.backward(0.5 * sum(p.float().sum() for p in (short, exact)[::order]))
     assert short.double().mean().item() == pytest.approx(0.99, abs=1e-3)
     assert len(short.unique()) > 1
     assert (exact - 0.99).abs().max() < FP32
@@ -208,7 +209,8 @@ class Cancelling(nn.Module):
 
 
 @pytest.mark.parametrize("strategy", ["auto", "one_backward", "two_backward", "partial"])
-def test_a_norm_whose_gram_matrices_cancel(strategy):
+def test_a_norm_whose_gram_matrices_cancel(strategy, monkeypatch):
+    monkeypatch.setattr(product_sumsq, "TILE", 1)  # this weight is smaller than a tile
     model = Cancelling()
     exact = copy.deepcopy(model).double()
     exact.loss().backward()
@@ -277,6 +279,18 @@ def test_every_figure_of_explain():
         "norms of what waited: 3 by Gram matrices, 1 by blocks of the gradient, 1 of gradients",
     ]
     assert optimizer.last_waiting_bytes == 4 * 2**20 + 384 * 8
+
+
+def test_the_three_largest_gradients_and_whole_storages():
+    vectors = [nn.Parameter(torch.ones(n)) for n in (1, 3, 2, 5)]
+    optimizer = Lomo(nn.ParameterList(vectors), lr=LR, clip_grad_norm=1.0)
+    optimizer.backward(sum(p.sum() for p in vectors))
+    assert "largest gradients held: 3, 1, 2\n" in optimizer.explain()
+    layer = nn.Linear(64, 64, bias=False)
+    optimizer = Lomo(layer, lr=LR, clip_grad_norm=1.0)
+    x = torch.randn(100, 64)
+    optimizer.backward(layer(x[:8]).square().sum())  # all of x stays
+    assert optimizer.last_waiting_bytes == x.nbytes + 8 * 64 * 4
 
 
 def test_figures_of_a_strategy_that_does_not_fit():

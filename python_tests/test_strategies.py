@@ -9,7 +9,7 @@ from bench import strategies
 from lomo_kernels import Lomo
 from lomo_kernels.memory import predict
 from lomo_kernels.memory.timeline import summarise, whole
-from lomo_kernels.optim import linear
+from lomo_kernels.ops import product_sumsq
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -68,7 +68,8 @@ def test_a_step_costs_what_is_computed(strategy, checkpointing, tokens):
 
 @pytest.mark.parametrize("strategy", ["one_backward", "two_backward"])
 def test_tiles_of_gram_matrices(strategy, monkeypatch):
-    monkeypatch.setattr(linear, "TOKENS", 8)
+    monkeypatch.setattr(product_sumsq, "TILE", 8)
+    monkeypatch.setattr(product_sumsq, "_TORCH_TILE", {"cpu": 8})
     count, _ = measured(strategy, 20, False)
     computed = strategies.flops(SHAPE, 20, False, strategy, itemsize=4)
     assert count == pytest.approx(computed, rel=0.01)

@@ -31,8 +31,23 @@ CASES = {
         ValueError, "grad must be on param's device cpu, got meta",
     ),
     "param of another dtype": (
-        {"param": ones(3, dtype=torch.float64), "grad": ones(3, dtype=torch.float64)},
-        TypeError, "param must be float32, bfloat16 or float16, got torch.float64",
+        {"param": ones(3, dtype=torch.complex64), "grad": ones(3, dtype=torch.complex64)},
+        TypeError, "param must be float32, bfloat16 or float16, got torch.complex64",
+    ),
+    "float64 on a backend of kernels": (
+        {
+            "param": ones(3, dtype=torch.float64), "grad": ones(3, dtype=torch.float64),
+            "backend": "native",
+        },
+        RuntimeError, "float64 runs on the backend 'reference' alone",
+    ),
+    "scalars in float64 on a backend of kernels": (
+        {"clip_coef": ones(1, dtype=torch.float64), "backend": "native"},
+        RuntimeError, "float64 runs on the backend 'reference' alone",
+    ),
+    "float64 gradient of another parameter": (
+        {"grad": ones(3, dtype=torch.float64)},
+        TypeError, "grad must be torch.float32 as param is, or float32, got torch.float64",
     ),
     "integer gradient": (
         {"grad": ones(3, dtype=torch.int32)},
@@ -176,7 +191,12 @@ def test_a_wrapper_tensor_is_refused():
         ({"sumsq": ones(1, dtype=BF16)}, TypeError, "sumsq must be contiguous float32"),
         ({"sumsq": ones(2)}, ValueError, "sumsq must have one element per gradient (1), got 2"),
         ({"grad": "x"}, TypeError, "grad must be a tensor, got str"),
-        ({"grad": ones(3, dtype=torch.float64)}, TypeError, "grad must be float32, bfloat16"),
+        ({"grad": ones(3, dtype=torch.int64)}, TypeError, "grad must be float32, bfloat16"),
+        (
+            {"grad": ones(3, dtype=torch.float64), "backend": "native"},
+            RuntimeError,
+            "float64 runs on the backend 'reference' alone",
+        ),
         ({"grad": ones(3, device="meta")}, ValueError, "grad must be on sumsq's device cpu"),
         ({"inv_scale": 2.0}, TypeError, "inv_scale must be a one-element float32 tensor"),
         ({"backend": "none"}, ValueError, "backend must be 'auto' or one of"),

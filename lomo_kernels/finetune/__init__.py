@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
+from .. import optim
 from ..integrations import huggingface
 from ..memory import HeldBytes, state_bytes
-from ..optim import AdaLomo, Lomo
 from . import checkpoint, data
 from .display import Display
 from .scoring import Score, score
@@ -30,8 +30,12 @@ __all__ = [
     "run",
 ]
 
-OPTIMIZERS = {"lomo": 0.1, "adalomo": 1e-3, "sgd": 0.1, "adamw": 1e-4}  # default learning rates
-OURS = {"lomo": Lomo, "adalomo": AdaLomo}
+OURS = optim.OPTIMIZERS
+OPTIMIZERS = {  # default learning rates
+    **{name: rule.finetune_lr for name, rule in OURS.items()},
+    "sgd": 0.1,
+    "adamw": 1e-4,
+}
 DEFAULT_STEPS = 32  # on the default data: about five minutes on two CPU cores
 SCHEDULES = ("linear", "cosine", "constant")
 

@@ -12,8 +12,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from .. import ops
+from ..ops import factors
 from ..ops.adalomo import LAST_STEP, Tiles
-from ..optim import adalomo, linear
+from ..optim import adalomo, gram
 
 
 def _nothing(*args, **kwargs):
@@ -86,12 +87,12 @@ def fake_step(device="cuda"):
         (ops, name, _unless_fake(getattr(ops, name), instead)) for name, instead in _KERNELS.items()
     ]
     # The host would look at a number that there is not.
-    patches.append((linear.Cancellation, "note", _note_unless_fake(linear.Cancellation.note)))
+    patches.append((gram.Cancellation, "note", _note_unless_fake(gram.Cancellation.note)))
     table = _AdaLomo()
     patches.append((adalomo, "adalomo_weights", table.weights))
     patches.append((ops, "adalomo_update_", _unless_fake(ops.adalomo_update_, table.update_)))
     if device == "cuda":
-        patches.append((linear, "_mixes", _mixes_unless_fake(linear._mixes)))
+        patches.append((factors, "mixes", _mixes_unless_fake(factors.mixes)))
     with contextlib.ExitStack() as stack:
         stack.enter_context(FakeTensorMode())
         stack.enter_context(warnings.catch_warnings())

@@ -4,6 +4,8 @@ import weakref
 
 import torch
 
+from ..optim.watching import observes, unwatched
+
 
 class HeldBytes:
     """Counts the bytes of parameter gradients alive, and their peak.
@@ -21,6 +23,8 @@ class HeldBytes:
             if param.requires_grad
         ]
 
+    @observes
+    @unwatched
     def _appeared(self, param):
         grad = param.grad
         if grad is None:  # torch also calls when nothing flowed into the parameter

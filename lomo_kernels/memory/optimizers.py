@@ -5,8 +5,8 @@ import torch
 from .. import optim
 from .sharded import Release
 
-OPTIMIZERS = ("lomo", "adalomo", "sgd", "sgd-master", "adamw", "adamw-master")
-RELEASING = {"lomo": "Lomo", "adalomo": "AdaLomo"}  # in `optim`: gradients are used in backward
+RELEASING = optim.OPTIMIZERS  # gradients are used in backward
+OPTIMIZERS = (*RELEASING, "sgd", "sgd-master", "adamw", "adamw-master")
 
 
 class MasterCopy(torch.optim.Optimizer):
@@ -42,10 +42,7 @@ class MasterCopy(torch.optim.Optimizer):
 def make(name, model, sharded, options):
     """-> (optimizer, step), where `step(loss)` is a step of training after the forward."""
     if (releasing := RELEASING.get(name)) is not None:
-        if sharded:
-            optimizer = Release(model.parameters())
-        else:
-            optimizer = getattr(optim, releasing)(model, **options)
+        optimizer = Release(model.parameters()) if sharded else releasing(model, **options)
 
         def releasing_step(loss):
             optimizer.backward(loss)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..integrations import huggingface
+from ..optim.choosing import Waits, chosen, default_budget
 from . import optimizers, sharded
 from .fake import fake_step
 from .recorder import Recorder
@@ -67,54 +68,60 @@ def predict(config, job, progress=lambda text: None):
 
 @dataclass(frozen=True)
 class _Wait:
-    """What waits for the norm in a whole model, told from a few of its layers: the optimizer's
-    `would_wait`, `_choose` and `_kept`."""
+    """What waits for the norm in a whole model, told from a few of its layers."""
 
     strategy: str
-    small: int  # bytes of vectors outside the layers
-    small_layer: int  # and of one layer
-    before: int  # bytes of what waits of the matrices before the layers
-    sizes: tuple  # of those of a layer
-    everything: bool  # whether all of them may wait
-    room: int  # bytes of the budget, less what waits outside the layers
+    everything: bool  # whether all that has factors may wait
+    kept_layers: int
+    inside: tuple  # bytes of what waits of a layer's matrices
+    before: int  # and of those before the layers
+    small: tuple  # bytes of vectors outside the layers, and of one layer
+    room: int
 
     @classmethod
     def of(cls, config, job, layers):
-        fewer, more = (_would_wait(huggingface.with_layers(config, n), job) for n in (1, 2))
-        (listed, *_), (_, others, small) = fewer, more
-        others += (layers - 2) * (others - fewer[1])
-        small_layer = small - fewer[2]
-        inside = [i for i, (name, *_) in enumerate(listed) if _has_number(name)]
-        first, last = (inside[0], inside[-1] + 1) if inside else (0, 0)
-        repeated = listed[:first] + listed[first:last] * layers + listed[last:]
+        """By the optimizer's own rule (optim/choosing.py), on the sizes of all layers."""
+        (few, listed, less), (more, _, others) = (
+            _would_wait(huggingface.with_layers(config, n), job) for n in (1, 2)
+        )
+        others += (layers - 2) * (others - less)
+        vectors = sum(each.nbytes for each in few)
+        layer = sum(each.nbytes for each in more) - vectors
+        places = [i for i, each in enumerate(listed) if _has_number(each.name)]
+        first, last = (places[0], places[-1] + 1) if places else (0, 0)
+        every = listed[:first] + listed[first:last] * layers + listed[last:]
+        every = [each._replace(key=i) for i, each in enumerate(every)]
         options = dict(job.options)
-        if (room := options.get("factor_budget")) is None:
-            room = parameters(config) * getattr(torch, job.dtype).itemsize // 4
-        strategy = options.get("strategy", "auto")
-        if strategy == "auto":
-            needed = others + sum(size for _, size, beside in repeated if beside)
-            strategy = "one_backward" if needed <= room else "partial"
-        small += (layers - 2) * small_layer
-        before = sum(size for _, size, _ in listed[:first])
+        if (budget := options.get("factor_budget")) is None:
+            budget = default_budget(parameters(config) * getattr(torch, job.dtype).itemsize)
+        small = vectors + (layers - 1) * layer
+        choice = chosen(
+            options.get("strategy", "auto"),
+            [Waits("small", "", small, True)],
+            every,
+            others,
+            budget,
+            once=job.checkpointing == "reentrant",
+        )
+        inside = tuple(each.nbytes for each in listed[first:last])
+        before = sum(each.nbytes for each in listed[:first])
+        room = budget - small - before
         return cls(
-            strategy, small - layers * small_layer, small_layer, before,
-            tuple(size for _, size, _ in listed[first:last]),
-            small + sum(size for _, size, _ in repeated) <= room, room - small - before,
+            choice.strategy if choice.strategy != "two_backward" else "partial",
+            len(choice.keeps) == len(every) + 1,
+            room // sum(inside) if room >= 0 and inside else -1,
+            inside, before, (vectors - layer, layer), room,
         )  # fmt: skip
-
-    @property
-    def kept_layers(self):
-        return self.room // sum(self.sizes) if self.room >= 0 and self.sizes else -1
 
     def budget(self, layers, kept):
         """With which so many layers wait in a model of so many, and the same part of one more."""
-        left, part = self.room % sum(self.sizes), 0
-        for size in self.sizes:
+        left, part = self.room % sum(self.inside), 0
+        for size in self.inside:
             if size > left - part:
                 break
             part += size
-        small = self.small + layers * self.small_layer
-        return small + self.before + kept * sum(self.sizes) + part
+        small = self.small[0] + layers * self.small[1]
+        return small + self.before + kept * sum(self.inside) + part
 
 
 def _has_number(name):

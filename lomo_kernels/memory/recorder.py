@@ -26,6 +26,8 @@ from typing import NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
+from ..optim.watching import observes, unwatched
+
 CATEGORIES = ("parameters", "gradients", "states", "activations", "other")
 _COLLECTIVES = ("fsdp", "c10d", "_c10d_functional")  # operators' namespaces
 ALLOCATION = 512  # CUDA's caching allocator gives out multiples of it
@@ -62,6 +64,7 @@ class Recorder(TorchDispatchMode):
         first = next(module.parameters(), None)
         self._device = torch.device("cpu") if first is None else first.device
 
+    @unwatched
     def __enter__(self):
         for param in self._module.parameters():
             self._see(param, "parameters")
@@ -129,10 +132,13 @@ class Recorder(TorchDispatchMode):
             self._sequence.append(number)
             self._names.append(name)
 
+    @observes
     def _on_gradient(self, grad):
         if grad is not None:  # an optimizer has taken its factors
             self._see(grad, "gradients")
 
+    @observes
+    @unwatched
     def _on_accumulated(self, param):
         if param.grad is not None:
             self._see(param.grad, "gradients")

@@ -79,11 +79,13 @@ def lomo_update_(
     Args:
         param: a dense tensor in fp32, bf16 or fp16, written in place; or a sequence of tensors,
             updated with as few kernel launches as their dtypes allow (one, for many small ones).
+            fp64 too, on the reference backend alone and in fp64 arithmetic, to check the maths.
         grad: same shape and device; the same dtype, or one of the two is fp32. A grad whose memory
             layout differs from param's is copied into it first. A sequence where param is one.
         lr, weight_decay: Python numbers >= 0, in units of the unscaled gradient.
         inv_scale: 1 / grad_scale. This and the following scalars are one-element float32 tensors
-            on param's device, so that deciding them never stops the host. None: 1.
+            on param's device, so that deciding them never stops the host. None: 1. (float64 ones
+            are for the reference backend.)
         clip_value: a Python number > 0. None: no clipping by value.
         clip_coef: from clipping by norm. None: 1.
         found_inf: set to 1 when an element of grad is not finite or `skip` is set, else left alone.
@@ -117,17 +119,17 @@ def lomo_update_(
     checks.check_integer("step", step, 2**32)
     if not params:
         return
-    checks.check_tensor("param", params[0])
+    checks.check_tensor("param", params[0], checks.WITH_FLOAT64)
     device = params[0].device
     checks.check_scalars(device, inv_scale, clip_coef, found_inf, skip)
 
     groups = {}
     for p, g, low, offset, param_id in zip(params, grads, lows, offsets, param_ids):
-        checks.check_pair(p, g, device)
+        checks.check_pair(p, g, device, checks.WITH_FLOAT64)
         checks.check_integer("offset", offset, 2**63)
         checks.check_integer("param_id", param_id, 2**32)
         rule = rounding
-        if p.dtype is torch.float32:
+        if p.dtype in (torch.float32, torch.float64):
             rule = "nearest"
         elif rule == "split":
             checks.check_low(low, p)
@@ -136,13 +138,15 @@ def lomo_update_(
         key = (p.dtype, g.dtype, rule)
         groups.setdefault(key, []).append((p, g, low, offset, param_id))
 
-    run = pick_backend(device, backend).lomo_update_
-    for (_, _, rule), rows in groups.items():
+    wide = checks.widest(*params, inv_scale, clip_coef, found_inf, skip)
+    run = pick_backend(device, backend, wide).lomo_update_
+    for (dtype, _, rule), rows in groups.items():
+        once = float if dtype is torch.float64 else checks.float32
         run(
             *zip(*rows),
-            lr=checks.float32(lr),
-            decay=checks.float32(1.0 - lr * weight_decay),
-            clip_value=clip_value,
+            lr=once(lr),
+            decay=once(1.0 - lr * weight_decay),
+            clip_value=once(clip_value),
             step=step,
             seed=seed,
             rounding=rule,
@@ -165,6 +169,7 @@ def grad_sumsq_(sumsq, grad, *, inv_scale=None, found_inf=None, backend="auto"):
 
     Args:
         sumsq: contiguous float32 tensor of as many elements as there are gradients, overwritten.
+            float64 on the reference backend alone, whose sums are then float64.
         grad: a dense tensor in fp32, bf16 or fp16, or a sequence of tensors.
         inv_scale: 1 / grad_scale, a one-element float32 tensor on grad's device. None: 1.
         found_inf: likewise; set to 1 when an element is not finite, else left alone.
@@ -184,13 +189,14 @@ def grad_sumsq_(sumsq, grad, *, inv_scale=None, found_inf=None, backend="auto"):
     checks.check_scalar("found_inf", found_inf, sumsq.device)
     groups = defaultdict(list)
     for k, g in enumerate(grads):
-        checks.check_tensor("grad", g)
+        checks.check_tensor("grad", g, checks.WITH_FLOAT64)
         if g.device != sumsq.device:
             raise ValueError(f"grad must be on sumsq's device {sumsq.device}, got {g.device}")
         dense = g if checks.is_dense(g) else g.contiguous()
         groups[g.dtype].append((k, dense))
 
-    run = pick_backend(sumsq.device, backend).grad_sumsq_
+    wide = checks.widest(sumsq, *grads, inv_scale, found_inf)
+    run = pick_backend(sumsq.device, backend, wide).grad_sumsq_
     flat = sumsq.view(-1)
     for rows in groups.values():
         places, group = map(list, zip(*rows))
@@ -245,7 +251,8 @@ def decide_(
                 grad_scale = grad_scale * growth_factor unless that is infinite
 
     Args:
-        decisions: contiguous float32 tensor of `len(DECISIONS)` elements, written in place.
+        decisions: contiguous float32 tensor of `len(DECISIONS)` elements, written in place;
+            float64, like all other tensors then, on the reference backend alone.
         sumsq: contiguous float32 tensor of squared norms, one or more. None: no norm.
         found_inf: contiguous float32 tensor of further flags, any number of them.
         max_norm: a Python number > 0. None: clip_coef stays.
@@ -263,6 +270,9 @@ def decide_(
     for name, tensor in (("sumsq", sumsq), ("found_inf", found_inf), ("out", out)):
         if tensor is not None:
             checks.check_floats(name, tensor)
+            if tensor.dtype is not decisions.dtype:
+                raise TypeError(f"{name} must be {decisions.dtype} as decisions is, "
+                                f"got {tensor.dtype}")  # fmt: skip
             if tensor.device != device:
                 raise ValueError(
                     f"{name} must be on decisions' device {device}, got {tensor.device}"
@@ -286,13 +296,14 @@ def decide_(
         if not (isinstance(value, (float, int)) and low < value < high):
             raise ValueError(f"{name} must be a number between {low} and {high}, got {value!r}")
     checks.check_integer("growth_interval", growth_interval, 2**24 + 1)
-    pick_backend(device, backend).decide_(
+    once = float if decisions.dtype is torch.float64 else checks.float32
+    pick_backend(device, backend, decisions.dtype).decide_(
         decisions,
         sumsq,
         found_inf,
         out,
-        max_norm=0.0 if max_norm is None else checks.float32(max_norm),
-        min_scale=checks.float32(min_scale),
+        max_norm=0.0 if max_norm is None else once(max_norm),
+        min_scale=once(min_scale),
         growth_factor=float(growth_factor),
         backoff_factor=float(backoff_factor),
         growth_interval=growth_interval,

@@ -28,6 +28,16 @@ class Item(NamedTuple):
     tiles: Tiles
 
 
+def adalomo_state_shapes(param):
+    """The shapes of the running means that `adalomo_state` makes, by name."""
+    if param.ndim < 2:
+        return {"exp_avg_sq": param.shape}
+    return {
+        "exp_avg_sq_row": param.shape[:-1],
+        "exp_avg_sq_col": param.shape[:-2] + param.shape[-1:],
+    }
+
+
 def adalomo_state(param):
     """State of a parameter that has made no step: a dict of tensors on its device, all zero.
 
@@ -36,13 +46,7 @@ def adalomo_state(param):
     has "exp_avg_sq" of its own shape; float32. Names as in transformers' Adafactor.
     """
     state = {"step": torch.zeros((), dtype=torch.int32, device=param.device)}
-    shapes = {"exp_avg_sq": param.shape}
-    if param.ndim > 1:
-        shapes = {
-            "exp_avg_sq_row": param.shape[:-1],
-            "exp_avg_sq_col": param.shape[:-2] + param.shape[-1:],
-        }
-    for name, shape in shapes.items():
+    for name, shape in adalomo_state_shapes(param).items():
         state[name] = torch.zeros(shape, dtype=torch.float32, device=param.device)
     return state
 
@@ -167,7 +171,8 @@ def adalomo_update_(
             checks.check_low(low, p)
         groups.setdefault((p.dtype, g.dtype, rule), []).append((p, g, own, low, sums, param_id))
 
-    module = pick_backend(device, backend)
+    wide = checks.widest(inv_scale, clip_coef, found_inf, skip, *all_sums)
+    module = pick_backend(device, backend, wide)
     weights = adalomo_weights(device, decay_rate)
     for (_, _, rule), rows in groups.items():
         items = []
@@ -191,7 +196,7 @@ def adalomo_update_(
             weight_decay=checks.float32(weight_decay),
             eps=tuple(map(checks.float32, eps)),
             clip_threshold=checks.float32(clip_threshold),
-            clip_value=clip_value,
+            clip_value=checks.float32(clip_value),
             seed=seed,
             rounding=rule,
             weights=weights,
@@ -244,13 +249,8 @@ def _check_sums(name, sums, param, tiles):
 def _check_state(state, param):
     if not isinstance(state, dict):
         raise TypeError(f"state must be a dict of tensors, got {type(state).__name__}")
-    factored = param.ndim > 1
     wanted = {"step": ((), torch.int32)}
-    if factored:
-        wanted["exp_avg_sq_row"] = (param.shape[:-1], torch.float32)
-        wanted["exp_avg_sq_col"] = (param.shape[:-2] + param.shape[-1:], torch.float32)
-    else:
-        wanted["exp_avg_sq"] = (param.shape, torch.float32)
+    wanted |= {n: (shape, torch.float32) for n, shape in adalomo_state_shapes(param).items()}
     for name, (shape, dtype) in wanted.items():
         value = state.get(name)
         label = f"state[{name!r}]"

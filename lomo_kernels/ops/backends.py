@@ -29,12 +29,13 @@ def build_info():
 
 
 @functools.lru_cache
-def pick_backend(device, name="auto"):
+def pick_backend(device, name="auto", dtype=None):
     """The module that runs the operations on `device`.
 
     Args:
         device: a torch.device.
         name: one of `BACKENDS`, which then runs or raises; "auto" takes the first that can.
+        dtype: of the tensors, where it matters: float64 runs on "reference" alone.
 
     Raises:
         ValueError: an unknown name.
@@ -44,7 +45,10 @@ def pick_backend(device, name="auto"):
         raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got {name!r}")
     reasons = {}
     for candidate in BACKENDS if name == "auto" else (name,):
-        reason = unavailable(candidate, device)
+        if dtype is torch.float64 and candidate != "reference":
+            reason = "float64 runs on the backend 'reference' alone"
+        else:
+            reason = unavailable(candidate, device)
         if reason is None:
             return importlib.import_module(f"{__package__}.{candidate}")
         reasons[candidate] = reason

@@ -8,12 +8,13 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 ROUNDINGS = ("nearest", "stochastic", "split")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WITH_FLOAT64 = (*DTYPES, torch.float64)  # float64 runs on the backend "reference" alone
 
 
 def check_floats(name, value):
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if value.dtype is not torch.float32 or not value.is_contiguous():
+    if value.dtype not in (torch.float32, torch.float64) or not value.is_contiguous():
         raise TypeError(
             f"{name} must be contiguous float32, got {value.dtype} with strides {value.stride()}"
         )
@@ -54,7 +55,7 @@ def check_scalar(name, value, device):
         raise TypeError(
             f"{name} must be a one-element float32 tensor or None, got {type(value).__name__}"
         )
-    if value.dtype is not torch.float32 or value.numel() != 1:
+    if value.dtype not in (torch.float32, torch.float64) or value.numel() != 1:
         raise TypeError(
             f"{name} must be a one-element float32 tensor, got {tuple(value.shape)} {value.dtype}"
         )
@@ -72,8 +73,14 @@ def check_scalars(device, inv_scale, clip_coef, found_inf, skip):
         raise ValueError("skip and found_inf must be two tensors, got the same one twice")
 
 
+def widest(*tensors):
+    """float64 if one of the tensors is (None does not count), else float32."""
+    wide = any(t is not None and t.dtype is torch.float64 for t in tensors)
+    return torch.float64 if wide else torch.float32
+
+
 def check_options(lr, weight_decay, clip_value, rounding, seed):
-    """What all updates take as Python values; returns clip_value in fp32, infinite for None."""
+    """What all updates take as Python values; returns clip_value, infinite for None."""
     check_number("lr", lr, 0)
     check_number("weight_decay", weight_decay, 0)
     check_integer("seed", seed, 2**64)
@@ -83,15 +90,15 @@ def check_options(lr, weight_decay, clip_value, rounding, seed):
         raise ValueError(f"clip_value must be a number greater than 0, got {clip_value!r}")
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {ROUNDINGS}, got {rounding!r}")
-    return float32(clip_value)
+    return clip_value
 
 
-def check_tensor(name, tensor):
+def check_tensor(name, tensor, dtypes=DTYPES):
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.layout is not torch.strided:
         raise TypeError(f"{name} must be dense, got layout {tensor.layout}")
-    if tensor.dtype not in DTYPES:
+    if tensor.dtype not in dtypes:
         raise TypeError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) and (
         is_traceable_wrapper_subclass(tensor)
@@ -102,9 +109,9 @@ def check_tensor(name, tensor):
         )
 
 
-def check_pair(param, grad, device):
-    check_tensor("param", param)
-    check_tensor("grad", grad)
+def check_pair(param, grad, device, dtypes=DTYPES):
+    check_tensor("param", param, dtypes)
+    check_tensor("grad", grad, dtypes)
     if param.device != device:
         raise ValueError(f"param must all be on one device {device}, got {param.device}")
     if grad.device != device:
@@ -113,7 +120,9 @@ def check_pair(param, grad, device):
         raise ValueError(
             f"grad must have param's shape {tuple(param.shape)}, got {tuple(grad.shape)}"
         )
-    if grad.dtype is not param.dtype and torch.float32 not in (grad.dtype, param.dtype):
+    if grad.dtype is not param.dtype and (
+        torch.float32 not in (grad.dtype, param.dtype) or grad.dtype is torch.float64
+    ):
         raise TypeError(f"grad must be {param.dtype} as param is, or float32, got {grad.dtype}")
     if param.is_inference():
         raise ValueError("param must not be an inference tensor: autograd cannot see it change")

@@ -33,7 +33,7 @@ def _check_pair(pair, rows, cols, device):
     if isinstance(pair, torch.Tensor) or not hasattr(pair, "__len__") or len(pair) != 2:
         raise TypeError(f"products must hold pairs (left, right), got {type(pair).__name__}")
     left, right = pair
-    checks.check_tensor("right", right)
+    checks.check_tensor("right", right, checks.WITH_FLOAT64)
     if not isinstance(left, torch.Tensor):
         raise TypeError(f"left must be a tensor, got {type(left).__name__}")
     if right.ndim != 2 or right.shape[1] != cols:
@@ -46,7 +46,7 @@ def _check_pair(pair, rows, cols, device):
     else:
         if left.dtype is not right.dtype:
             raise TypeError(f"left must have right's dtype {right.dtype}, got {left.dtype}")
-        checks.check_tensor("left", left)
+        checks.check_tensor("left", left, checks.WITH_FLOAT64)
         wanted = (tokens, rows)
     if left.shape != wanted:
         raise ValueError(f"left must have shape {wanted}, got {tuple(left.shape)}")

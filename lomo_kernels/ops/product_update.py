@@ -68,7 +68,7 @@ def product_update_(
     checks.check_integer("step", step, 2**32)
     checks.check_integer("offset", offset, 2**63)
     checks.check_integer("param_id", param_id, 2**32)
-    checks.check_tensor("param", param)
+    checks.check_tensor("param", param, checks.WITH_FLOAT64)
     if param.ndim != 2 or not param.is_contiguous():
         raise ValueError(
             f"param must be a contiguous matrix, got shape {tuple(param.shape)} "
@@ -83,10 +83,13 @@ def product_update_(
         checks.check_low(low, param)
     rows, cols = param.shape
     pairs = factors.check_products(products, rows, cols, param.device)
+    rights = [right for _, right in pairs]
+    wide = checks.widest(param, *rights, inv_scale, clip_coef, found_inf, skip)
+    once = float if param.dtype is torch.float64 else checks.float32
     numbers = {
-        "lr": checks.float32(lr),
-        "decay": checks.float32(1.0 - lr * weight_decay),
-        "clip_value": clip_value,
+        "lr": once(lr),
+        "decay": once(1.0 - lr * weight_decay),
+        "clip_value": once(clip_value),
         "step": step,
         "seed": seed,
         "rounding": rounding,
@@ -98,7 +101,7 @@ def product_update_(
         run = pick_backend(param.device, "triton").product_update_
         run(param, pairs, low, offset, param_id, **numbers, **scalars)
     else:
-        run = pick_backend(param.device, backend).lomo_update_
+        run = pick_backend(param.device, backend, wide).lomo_update_
         for first, block in factors.blocks(pairs, 0, rows, factors.wide(param.dtype)):
             mine = slice(first, first + len(block))
             run(

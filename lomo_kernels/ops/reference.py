@@ -97,7 +97,7 @@ def lomo_update_(
 ):  # fmt: skip
     """See `lomo_kernels.ops.lomo_update_`; scalars are already rounded to fp32."""
     for param, grad, low, offset, param_id in zip(params, grads, lows, offsets, param_ids):
-        p, g = _flat(param), _flat(grad).float()
+        p, g = _flat(param), _precise(_flat(grad))
         good = g.isfinite()
         if skip is not None:
             good = good & (skip == 0)
@@ -112,6 +112,11 @@ def lomo_update_(
         _store(master, good, p, low, rounding, offset, seed, step, param_id)
 
 
+def _precise(x):
+    """In fp32, or in fp64 where it is in fp64."""
+    return x if x.dtype is torch.float64 else x.float()
+
+
 def _clipped(g, inv_scale, clip_value, clip_coef):
     if inv_scale is not None:
         g = g * inv_scale
@@ -120,7 +125,7 @@ def _clipped(g, inv_scale, clip_value, clip_coef):
 
 
 def _master(p, low, rounding):
-    return merge(p, _flat(low)) if rounding == "split" else p.float()
+    return merge(p, _flat(low)) if rounding == "split" else _precise(p)
 
 
 def _store(master, good, p, low, rounding, offset, seed, step, param_id):
@@ -155,7 +160,7 @@ def _padded(x, multiple):
 def grad_sumsq_(sumsq, grads, *, inv_scale, found_inf):
     """See `lomo_kernels.ops.grad_sumsq_`; csrc/kernels.h, Note [Summation order]."""
     for k, grad in enumerate(grads):
-        g = _flat(grad).float()
+        g = _flat(grad).to(torch.promote_types(sumsq.dtype, torch.float32))
         if found_inf is not None:
             found_inf.masked_fill_(~g.isfinite().all(), 1.0)
         if inv_scale is not None:
@@ -172,7 +177,7 @@ def _total(partials):
 
 def _root(x):
     """Rounded once: torch's own fp32 root on a CPU is not always the nearest number."""
-    return x.double().sqrt().float()
+    return x.double().sqrt().to(x.dtype)
 
 
 @torch.no_grad()
@@ -184,7 +189,7 @@ def decide_(
     _, clip_coef, *_, total_norm, scale, tracker, stuck = decisions.unbind()
     if sumsq is not None:
         lanes = _padded(sumsq.double(), DECIDE_LANES).view(-1, DECIDE_LANES)
-        total_norm.copy_(_root(_add_in_order(lanes).float()))
+        total_norm.copy_(_root(_add_in_order(lanes).to(decisions.dtype)))
         if max_norm > 0:  # a number divided by a tensor would be its reciprocal times the number
             limit = torch.full_like(total_norm, max_norm)
             clip_coef.copy_((limit / (total_norm + 1e-6)).clamp(max=1.0))
@@ -198,9 +203,9 @@ def decide_(
     if growth_interval > 0:
         at_floor = scale <= min_scale
         lower = torch.where(
-            at_floor, scale, (scale.double() * backoff_factor).float().clamp(min=min_scale)
+            at_floor, scale, (scale.double() * backoff_factor).to(scale.dtype).clamp(min=min_scale)
         )
-        higher = (scale.double() * growth_factor).float()
+        higher = (scale.double() * growth_factor).to(scale.dtype)
         grow = tracker + 1 >= growth_interval
         kept = torch.where(grow & higher.isfinite(), higher, scale)
         scale = torch.where(found, lower, kept)

@@ -1,8 +1,11 @@
 """AdaLomo: Adafactor's adaptive learning rates in the memory of LOMO."""
 
+import weakref
+
 from .. import ops
-from ..ops.adalomo import adalomo_weights, check_adalomo
-from .fused import FusedOptimizer
+from ..ops.adalomo import adalomo_state_shapes, adalomo_weights, check_adalomo
+from . import notices
+from .optimizer import FusedOptimizer
 
 
 class AdaLomo(FusedOptimizer):
@@ -22,7 +25,7 @@ class AdaLomo(FusedOptimizer):
             multiplied nor divided. A number; "dynamic" or a `LossScale`; None or 0.
         eps: added to squares of gradients; the smallest root mean square of a parameter.
         clip_threshold: an update with a larger root mean square is scaled down to it.
-        decay_rate: the running means take 1 - t ** decay_rate of what they were, t from 1.
+        decay_rate: the running means keep the share 1 - t ** decay_rate, t from 1.
         clip_grad_norm, clip_grad_value, weight_decay: as in `Lomo`.
         norm, strategy, factor_budget, rounding, backend, seed: as in `Lomo`, but there is no
             strategy "immediate": the rule needs the whole gradient of a weight. Where the gradient
@@ -36,7 +39,10 @@ class AdaLomo(FusedOptimizer):
     or "exp_avg_sq", in float32; a resumed run gives the same bits as an uninterrupted one.
     """
 
+    finetune_lr = 1e-3
     whole_gradients = True
+    must_scale = False  # the reference's default is a scale, and a bare loss.backward() no mistake
+    dtypes = ops.DTYPES
 
     def __init__(
         self,
@@ -67,7 +73,8 @@ class AdaLomo(FusedOptimizer):
             "rounding": rounding,
             "seed": seed,
         }
-        self._sums = {}  # id(param) -> (sums of squares, what they are of)
+        self._sums = {}  # id(param) -> (sums of squares, version and address of the parameter)
+        self._aliases = {}  # id(param) -> weak reference to the tensor that `.data` gave
         super().__init__(
             model_or_params,
             defaults,
@@ -79,8 +86,6 @@ class AdaLomo(FusedOptimizer):
             loss_scale_args=None,
             backend=backend,
         )
-        # The reference's default is a scale, and a bare loss.backward() is no mistake there.
-        self._scale_was_asked = False
 
     def _check_group(self, group):
         super()._check_group(group)
@@ -88,22 +93,24 @@ class AdaLomo(FusedOptimizer):
         for param in group["params"]:
             adalomo_weights(param.device, group["decay_rate"])  # made here, not in a captured graph
 
-    def update(self, params, grads, group, param_ids, scalars, first_row=0):
-        rounding, states, lows, sums = None, [], [], []
+    def update(self, pieces, group, numbers, scalars):
+        params, states, lows, sums = [piece.param for piece in pieces], [], [], []
         for param in params:
             rounding, low = self.rounding_of(param, group)
             state = self.state[param]
             if "step" not in state:
                 state.update(ops.adalomo_state(param))
+            self._check_shape(param, state)
             kept, of = self._sums.get(id(param), (None, None))
-            if of != _identity(param):  # somebody else has written it, or nobody read it yet
-                kept = ops.adalomo_sums_(param, kept, backend=self._backend)
+            if of != _identity(param) or self._aliases.get(id(param), lambda: None)() is not None:
+                # another writer has changed it, or may have, or it is the first step
+                kept = ops.adalomo_sums_(param, kept, backend=self.backend_name)
             states.append(state)
             lows.append(low)
             sums.append(kept)
         ops.adalomo_update_(
             params,
-            grads,
+            [piece.grad for piece in pieces],
             states,
             lr=group["lr"],
             weight_decay=group["weight_decay"],
@@ -114,13 +121,25 @@ class AdaLomo(FusedOptimizer):
             rounding=rounding,
             low=lows,
             seed=group["seed"],
-            param_id=param_ids,
+            param_id=numbers,
             sums=sums,
-            backend=self._backend,
+            backend=self.backend_name,
             **scalars,
         )
         for param, kept in zip(params, sums):
             self._sums[id(param)] = (kept, _identity(param))
+
+    def on_data(self, param, data):
+        """A write through `.data` changes no version counter: the sums are made anew, as long as
+        the reader's tensor lives."""
+        self._sums.pop(id(param), None)
+        if data is not None:
+            self._aliases[id(param)] = weakref.ref(data)
+
+    def _check_shape(self, param, state):
+        for name, value in adalomo_state_shapes(param).items():
+            if state[name].shape != value:
+                notices.refuse_shape(self.name_of(param), param, name, state[name])
 
 
 def _identity(param):

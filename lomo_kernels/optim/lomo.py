@@ -1,7 +1,7 @@
 """LOMO: stochastic gradient descent whose gradients never exist all at once."""
 
 from .. import ops
-from .fused import FusedOptimizer
+from .optimizer import FusedOptimizer
 
 
 class Lomo(FusedOptimizer):
@@ -39,7 +39,7 @@ class Lomo(FusedOptimizer):
             wait, up to `factor_budget`, and the second backward ends above them. "auto": one
             backward, unless what would wait beside the room of activations (all of it where they
             are recomputed) is more than `factor_budget`; then "partial". A `loss.backward()` of
-            one's own is always the one backward. `explain()` says what was picked and what waited.
+            one's own is always the one backward. `explain()` names the strategy and the bytes.
             Without a global norm "immediate" updates weight matrices block by block in backward,
             so that not even one of their gradients exists.
         factor_budget: bytes; None: a quarter of the parameters' bytes.
@@ -57,6 +57,8 @@ class Lomo(FusedOptimizer):
     at all is written in such a step; otherwise nothing after the parameter that met it, in backward
     order. `last_step_skipped` tells. The kernels never make the host wait.
     """
+
+    finetune_lr = 0.1  # of fine-tuning with clip_grad_norm=1.0
 
     def __init__(
         self,
@@ -94,28 +96,20 @@ class Lomo(FusedOptimizer):
             backend=backend,
         )
 
-    def update(self, params, grads, group, param_ids, scalars, first_row=0):
-        rounding, lows, offsets = None, [], None
-        for param in params:
-            rounding, low = self.rounding_of(param, group)
-            lows.append(low)
-        if grads[0].shape != params[0].shape:  # some rows of it
-            (param,), (grad,), (low,) = params, grads, lows
-            rows = slice(first_row, first_row + grad.shape[0])
-            offsets = [first_row * param.shape[1]]
-            params, lows = [param[rows]], [None if low is None else low[rows]]
+    def update(self, pieces, group, numbers, scalars):
+        kept = [self.rounding_of(piece.param, group) for piece in pieces]
         ops.lomo_update_(
-            params,
-            grads,
+            [piece.of(piece.param) for piece in pieces],
+            [piece.grad for piece in pieces],
             lr=group["lr"],
             weight_decay=group["weight_decay"],
             clip_value=group["clip_grad_value"],
-            rounding=rounding,
-            low=lows,
+            rounding=kept[0][0],
+            low=[piece.of(low) for piece, (_, low) in zip(pieces, kept)],
             seed=group["seed"],
             step=group["step"],
-            param_id=param_ids,
-            offset=offsets,
-            backend=self._backend,
+            param_id=numbers,
+            offset=[piece.offset for piece in pieces],
+            backend=self.backend_name,
             **scalars,
         )

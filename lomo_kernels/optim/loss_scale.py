@@ -1,12 +1,15 @@
-"""Loss scaling: what is asked for, and a warning when it cannot help."""
+"""Loss scaling: the arguments for it, and a warning when it cannot help."""
 
+import ctypes
 import math
 import warnings
 from dataclasses import dataclass
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
-STUCK = 10  # skipped steps in a row at the floor
+STUCK = 10  # skipped steps in a row at the floor of a dynamic scale that make a warning
+IN_A_ROW = 15  # and of a scale that stays
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def asked(loss_scale, loss_scale_args):
 
 
 def _from_lomo_optim(arguments):
-    """The arguments of lomo_optim's DynamicLossScaler; our own defaults for what is not given."""
+    """The arguments of lomo_optim's DynamicLossScaler; our own defaults for the rest."""
     fields = {}
     for name, field in (
         ("init_scale", "init_scale"),
@@ -98,39 +101,71 @@ def _from_lomo_optim(arguments):
     return LossScale(**fields)
 
 
-class StuckWarning:
-    """Warns once when steps are skipped although the scale is at its floor; never waits."""
+class SkippedWarning:
+    """Warns once when steps are skipped one after the other and no loss scale can help: at the
+    floor of a dynamic one (`rule`, a LossScale), or without one (None). Never waits for a GPU."""
 
-    def __init__(self):
+    def __init__(self, rule):
+        self._limit, self._cause = IN_A_ROW, "and the loss scale stays as it is"
+        self._advice = "pass loss_scale='dynamic' if the parameters are float16"
+        if rule is not None:
+            self._limit = STUCK
+            self._cause = f"with the loss scale at its minimum of {rule.min_scale:g}"
+            self._advice = "train in bfloat16"
         self._copy = self._event = None
         self._done = False
 
-    def look(self, stuck, min_scale):
-        """`stuck`: a one-element tensor that counts such steps. On a GPU what is seen is older."""
-        if self._done:
+    def look(self, count):
+        """`count`: a one-element tensor, the skipped steps in a row. On a GPU the value seen is
+        that of an earlier step."""
+        if self._done or isinstance(count, FakeTensor):
             return
-        if stuck.device.type == "cpu":
-            count = stuck.item()
+        if count.device.type == "cpu":
+            found = _on_the_host(count)
         elif torch.cuda.is_current_stream_capturing():
             return
         elif self._event is None:
-            count, self._event = 0, torch.cuda.Event()
+            found, self._event = 0, torch.cuda.Event()
             self._copy = torch.zeros((), pin_memory=True)
-            self._send(stuck)
+            self._send(count)
         elif self._event.query():
-            count = self._copy.item()
-            self._send(stuck)
+            found = _on_the_host(self._copy)
+            self._send(count)
         else:
             return
-        if count >= STUCK:
+        if found >= self._limit:
             self._done = True
             warnings.warn(
-                f"{STUCK} steps in a row were skipped with the loss scale at its minimum of "
-                f"{min_scale:g}: the gradients are not finite at any scale. Lower the learning "
-                "rate, look for bad values in the data and the loss, or train in bfloat16",
+                f"{self._limit} steps in a row were skipped {self._cause}: their gradients are "
+                "not finite. Lower the learning rate, look for bad values in the data and the "
+                f"loss, or {self._advice}",
                 stacklevel=2,
             )
 
-    def _send(self, stuck):
-        self._copy.copy_(stuck, non_blocking=True)
-        self._event.record(torch.cuda.current_stream(stuck.device))
+    def _send(self, count):
+        self._copy.copy_(count, non_blocking=True)
+        self._event.record(torch.cuda.current_stream(count.device))
+
+
+def _on_the_host(scalar):
+    """The value of a CPU tensor, without an operator of torch on the way of every step."""
+    kind = ctypes.c_double if scalar.dtype is torch.float64 else ctypes.c_float
+    return kind.from_address(scalar.data_ptr()).value
+
+
+class LossScaler:
+    """What lomo_optim's training loops read of `optimizer.loss_scaler`."""
+
+    def __init__(self, optimizer):
+        self._optimizer = optimizer
+
+    @property
+    def has_overflow_serial(self):
+        """Whether this step, or the last one that was closed, met a gradient that is not finite;
+        asks the device."""
+        return self._optimizer.found_inf
+
+    @property
+    def loss_scale(self):
+        """The factor of the next loss; asks the device if it is dynamic."""
+        return self._optimizer.loss_scale

@@ -1,33 +1,39 @@
-"""Sees what a model does with its weights, and takes the factors of their gradients.
+"""Sees the uses of an optimizer's parameters, in forward and in backward.
 
 Note [Watched parameters]
-A weight is watched by giving it a subclass of `torch.nn.Parameter` whose `__torch_function__` sees
-every operation that takes the weight. `F.linear`, `torch.addmm(bias, x, weight)` (Conv1D of GPT-2)
-and `F.embedding` become an autograd function that hands over the factors; any other operation runs
-as it always does, and if it can be differentiated the weight is known to be used elsewhere too. So
-nobody's module is changed, subclasses that scale or wrap the plain product work, what a quantised
-or adapted layer does to its weight first is left alone, checkpointing's recomputation is seen, and
-copies and saved files hold plain parameters.
-Not seen: code that torch.compile has compiled, and operators in C++ that take the weight without
-asking. Those leave an ordinary gradient, which is held and added.
+A parameter is watched by a hook and by its class. The hook runs when its gradient is complete in
+`.grad`. The class is a subclass of the parameter's own whose `__torch_function__` sees every
+operation that takes the parameter:
+- operations of the table in products.py become autograd functions that offer factors; any other
+  operation runs as always, and the weight is known to be used elsewhere too;
+- reads and writes of `.grad` and `.data`, and hooks of others.
+No module is changed, subclasses that scale or wrap the plain product work, the quantised or adapted
+weight of a layer is left alone, checkpointing's recomputation is seen, and copies and saved files
+hold plain parameters.
+Not seen: code that torch.compile has compiled, and operators in C++ that take the weight without a
+call from Python. They leave an ordinary gradient, which waits or is used as a whole.
+
+The parameter itself carries the link to its Watch: the hook in its own dict of hooks. So no table
+of ids can outlive a parameter, and torch.utils.swap_tensors, which refuses weak references, works.
 """
 
-import contextlib
 import functools
 import sys
 import weakref
 from collections import defaultdict
 
 import torch
-import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.checkpoint import CheckpointFunction
 
 from .. import ops
-from .linear import use
+from .choosing import factors_are_smaller
+from .gradient import Factors
+from .products import OPERATIONS
 
 
 def unwatched(function):
-    """For our own work on parameters: it is no use of them, and many small operations cost less."""
+    """For the optimizer's own work on parameters: it is no use of them, and costs less."""
 
     @functools.wraps(function)
     def call(*args, **kwargs):
@@ -37,7 +43,7 @@ def unwatched(function):
     return call
 
 
-class Seen:
+class Usage:
     """What the forwards of a step did with one weight."""
 
     def __init__(self):
@@ -49,166 +55,265 @@ class Seen:
 
 
 class Watch:
-    """The watched parameters of one optimizer.
+    """The parameters of one optimizer, and the hook on each of them.
 
-    `on_product(param, use)` is called in backward for every product with a watched weight and
-    answers whether it took the factors; if not, the gradient is formed as always. `on_read(frame)`
-    is called when the gradient of a watched parameter is looked at, with the frame that does it.
+    `owner` is the optimizer, held weakly: a model never keeps its optimizer alive. It is told
+
+    - `on_gradient(param)`: in backward, `param.grad` is complete;
+    - `on_factors(param, factors) -> bool`: whether factors are taken in place of the gradient;
+    - `on_read(param, frame) -> bool`: `.grad` is read by `frame`; whether it reads as None;
+    - `on_write(param)`: `.grad` is assigned or deleted;
+    - `on_data(param, data)`: `.data` is read or assigned.
     """
 
-    def __init__(self, on_product, on_read):
-        self._on_product = weakref.WeakMethod(on_product)
-        self._on_read = weakref.WeakMethod(on_read)
-        self._watched = {}
-        self._weights = set()
+    def __init__(self, owner):
+        self.owner = weakref.ref(owner)
+        self.usage = defaultdict(Usage)
+        self.wants_factors = False
+        self._params, self._handles = {}, {}  # by id, as long as they are attached
+        self._matrices = set()
         self._last_input = lambda: None
-        self.seen = defaultdict(Seen)
 
-    def watch_weights(self, params):
-        """Takes the factors of those that are plain matrices."""
+    # -- which parameters --------------------------------------------------------------------------
+
+    def attach(self, params):
+        """Watches those that need a gradient and are not watched yet.
+
+        Returns:
+            The other optimizers that have watched one of them until now.
+        """
+        others = set()
         for param in params:
-            if id(param) in self._weights:
+            if type(param) in _PLAIN_OF and id(param) in self._handles:
+                continue  # swap_tensors and the like leave a plain class behind
+            if not param.requires_grad or (
+                id(param) in self._handles and type(param) not in _WATCHED
+            ):
                 continue
-            if param.ndim != 2 or not param.numel() or not param.is_contiguous():
+            if id(param) in self._handles:
+                _link_hooks(param)
+                self._handles.pop(id(param)).remove()
+            if (other := watch_of(param)) is not None:
+                others.add(other)
                 continue
-            if param.requires_grad and param.dtype in ops.DTYPES and self._watch(param):
-                self._weights.add(id(param))
+            self._attach(param)
+            if _has_factors(param):
+                self._matrices.add(id(param))
+        return others
 
-    def watch_reads(self, params):
-        """Notices who looks at gradients: one parameter is enough, they look at all of them."""
-        if not self._watched:
-            next(filter(self._watch, params), None)
+    def _attach(self, param):
+        self._params[id(param)] = param
+        self._handles[id(param)] = param.register_post_accumulate_grad_hook(self)
+        # Other subclasses have reasons of their own (quantised, sharded): only the hook is theirs.
+        param.__class__ = _WATCHED.get(type(param), type(param))
 
-    def _watch(self, param):
-        # Subclasses have reasons of their own (quantised, sharded); not our business.
-        if (watched := _WATCHED.get(type(param))) is not None:
-            param.__class__ = watched
-            _OWNERS[id(param)] = weakref.ref(self)
-            self._watched[id(param)] = param
-        return id(param) in self._watched
+    def come_last(self, param):
+        """Another hook was added: it has to find `.grad` before this one takes it."""
+        if (handle := self._handles.pop(id(param), None)) is not None:
+            handle.remove()
+            self._handles[id(param)] = param.register_post_accumulate_grad_hook(self)
 
-    def read(self, frame):
-        if (method := self._on_read()) is not None:
-            method(frame if frame.f_code.co_name != "<listcomp>" else frame.f_back)
+    def release(self, keep=()):
+        """Leaves plain parameters behind, except those whose ids are in `keep`."""
+        for key in [key for key in self._handles if key not in keep]:
+            param = self._params.pop(key)
+            self._handles.pop(key).remove()
+            self._matrices.discard(key)
+            self.usage.pop(key, None)
+            _make_plain(param)
+
+    @property
+    def count(self):
+        return len(self._handles)
 
     def takes(self, param):
-        return id(param) in self._weights and param.requires_grad
+        """Whether factors of this parameter are looked for."""
+        return self.wants_factors and id(param) in self._matrices and param.requires_grad
 
-    def unwatch(self):
-        for param in self._watched.values():
-            param.__class__ = _plain_class(param)
-            del _OWNERS[id(param)]
-        self._watched.clear()
-        self._weights.clear()
-        self.seen.clear()
-
-    def used_once(self, param):
-        """Whether the forwards of this step used the weight in one product and nothing else."""
-        seen = self.seen.get(id(param))
-        return seen is not None and seen.products == 1 and not seen.elsewhere
-
-    def waiting(self):
-        """(param, bytes that a step keeps of it until the norm is known) for the weights that this
-        step's forwards used, in the order of their first use: the factors, or the gradient where
-        that is smaller."""
-        alive = False  # the input, when the next weight shares it
-        for key, seen in self.seen.items():
-            if (param := self._watched.get(key)) is not None and self.takes(param):
-                alive = alive and seen.shares
-                factors = seen.inputs + seen.outputs
-                if seen.elsewhere or factors >= param.nbytes:
-                    yield param, param.nbytes
-                else:
-                    yield param, factors - (seen.inputs if alive else 0)
-                    alive = True
-
-    def to_wait(self):
-        """As `waiting`, and whether it takes room beside that of the activations."""
-        for param, size in self.waiting():
-            seen = self.seen[id(param)]
-            yield param, size, seen.recomputed or seen.elsewhere
-
-    def take(self, param, left, right):
-        method = self._on_product()
-        return method is not None and method(param, use(left.detach(), right.detach()))
+    # -- what forward did --------------------------------------------------------------------------
 
     def saw_product(self, param, given, output_bytes):
         """A product of the weight with `given`."""
         if torch._C._current_graph_task_id() != -1:  # in backward: recomputation
             return
-        seen = self.seen[id(param)]
-        seen.products += 1
-        seen.inputs += given.nbytes
-        seen.outputs += output_bytes
-        seen.shares = seen.products == 1 and self._last_input() is given
+        usage = self.usage[id(param)]
+        usage.products += 1
+        usage.inputs += given.nbytes
+        usage.outputs += output_bytes
+        usage.shares = usage.products == 1 and self._last_input() is given
         self._last_input = weakref.ref(given)
         # Non-reentrant checkpointing drops what forward saves through these hooks.
-        seen.recomputed |= torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        usage.recomputed |= torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
     def saw_other(self, param):
-        self.seen[id(param)].elsewhere = True
+        if self.wants_factors and id(param) in self._matrices:
+            self.usage[id(param)].elsewhere = True
+
+    def used_once(self, param):
+        """Whether the forwards of this step used the weight in one product and nothing else."""
+        usage = self.usage.get(id(param))
+        return usage is not None and usage.products == 1 and not usage.elsewhere
+
+    def is_beside(self, param):
+        """Whether the factors take memory beside that of the activations: also where forward was
+        not seen, as reentrant checkpointing's."""
+        usage = self.usage.get(id(param))
+        return usage is None or usage.products == 0 or usage.recomputed or usage.elsewhere
+
+    def waiting(self):
+        """(param, bytes that a step keeps of it until the norm is known, whether that takes memory
+        beside that of the activations) for the weights that this step's forwards used, in the order
+        of their first use."""
+        alive = False  # the input, when the next weight shares it
+        for key, usage in self.usage.items():
+            if (param := self._params.get(key)) is not None and self.takes(param):
+                alive = alive and usage.shares
+                factors, beside = usage.inputs + usage.outputs, usage.recomputed or usage.elsewhere
+                if usage.elsewhere or not factors_are_smaller(factors, param.nbytes):
+                    yield param, param.nbytes, beside
+                else:
+                    yield param, factors - (usage.inputs if alive else 0), beside
+                    alive = True
+
+    # -- told by hooks and by the watched class ----------------------------------------------------
+
+    def __call__(self, param):
+        if (owner := self.owner()) is not None:
+            owner.on_gradient(param)
+
+    @unwatched
+    def take(self, param, left, right):
+        """Whether the optimizer takes the factors of a gradient in its place."""
+        owner = self.owner()
+        if owner is None or not self.takes(param) or _others_look(param):
+            return False
+        return owner.on_factors(param, Factors.of(left.detach(), right.detach()))
 
 
-_OWNERS = {}  # id of a watched parameter, which its Watch keeps alive -> weak reference to that
+def _link_hooks(param):
+    """swap_tensors gives a parameter another tensor inside, and leaves the dict of hooks behind
+    without a link from it; the assignment makes one."""
+    if (hooks := param._post_accumulate_grad_hooks) is not None:
+        param._post_accumulate_grad_hooks = None
+        param._post_accumulate_grad_hooks = hooks
+
+
+def watch_of(param):
+    """The Watch of a parameter, or None."""
+    for hook in (param._post_accumulate_grad_hooks or {}).values():
+        if type(hook) is Watch:
+            return hook if hook.owner() is not None else None
+    return None
+
+
+def observes(hook):
+    """Marks a hook that counts a gradient if there is one, and needs none to be formed."""
+    hook.only_observes = True
+    return hook
+
+
+def _others_look(param):
+    """Whether hooks of others want to see the gradient."""
+    hooks = [*(param._backward_hooks or {}).values(), *param._post_accumulate_grad_hooks.values()]
+    return any(type(h) is not Watch and not getattr(h, "only_observes", False) for h in hooks)
+
+
+def _has_factors(param):
+    """Whether it may be the weight of a product: a plain matrix."""
+    return (
+        type(param) in _PLAIN_OF
+        and param.ndim == 2
+        and param.numel() > 0
+        and param.is_contiguous()
+        and (param.dtype in ops.DTYPES)
+    )
+
+
+# -- the watched class -----------------------------------------------------------------------------
 
 
 class _Watched:
     """See Note [Watched parameters]."""
 
-    def __deepcopy__(self, memo):
-        copied = super().__deepcopy__(memo)
-        copied.__class__ = _plain_class(self)
-        return copied
+    def __repr__(self, **options):
+        with torch._C.DisableTorchFunctionSubclass():
+            plain = self.detach().requires_grad_(self.requires_grad)
+            if isinstance(self, torch.nn.Parameter):
+                plain = torch.nn.Parameter(plain, self.requires_grad)
+            return plain.__repr__(**options)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func == _READ and isinstance(args[0], _Watched):
-            _OWNERS[id(args[0])]().read(sys._getframe(1))
         if func in _ENGINE:
             # These run other people's code, so watching goes on inside: they get the places in the
             # graph in place of the parameters.
             kwargs = {k: _edges(v) for k, v in kwargs.items()}
             return func(*(_edges(a) for a in args), **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
-            if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            if (seen := _SEEN.get(func)) is not None:
+                return seen(func, *args, **kwargs)
+            if torch.compiler.is_compiling() or torch._C._is_tracing():
                 return func(*args, **kwargs)
-            product = _PRODUCTS.get(func)
-            result = NotImplemented if product is None else product(*args, **kwargs)
-            if result is NotImplemented:
-                result = func(*args, **kwargs)
-                if any(_differentiable(r) for r in _flat(result)):
-                    for param in _flat([*args, *kwargs.values()]):
-                        if isinstance(param, _Watched) and (factors := _factors(param)) is not None:
-                            factors.saw_other(param)
+            if not torch.is_grad_enabled():
+                if _in_autograd_function():
+                    _saw_other(args, kwargs)
+                return func(*args, **kwargs)
+            if (operation := OPERATIONS.get(func)) is not None:
+                weight = operation.weight(args, kwargs)
+                watch = watch_of(weight) if isinstance(weight, _Watched) else None
+                if watch is not None and watch.takes(weight):
+                    result = operation.run(watch, *args, **kwargs)
+                    if result is not NotImplemented:
+                        return result
+            result = func(*args, **kwargs)
+            if any(isinstance(r, torch.Tensor) and r.grad_fn is not None for r in _flat(result)):
+                _saw_other(args, kwargs)
             return result
 
 
 class _WatchedParameter(_Watched, torch.nn.Parameter):
-    pass
+    def __new__(cls, data=None, requires_grad=True):
+        return torch.nn.Parameter(data, requires_grad)  # as `type(param)(data)` in offloading tools
+
+    # torch.nn.Parameter(param) marks what `detach` below returns: the mark makes it plain.
+    _is_param = property(lambda self: False, lambda self, value: _make_plain(self))
+
+
+class _WatchedTensor(_Watched, torch.Tensor):
+    def __deepcopy__(self, memo):
+        if id(self) not in memo:
+            with torch._C.DisableTorchFunctionSubclass():
+                copied = self.detach().clone().requires_grad_(self.requires_grad)
+                if self.grad is not None:
+                    copied.grad = self.grad.clone()
+            memo[id(self)] = copied
+        return memo[id(self)]
 
 
 class _WatchedFake(_Watched, FakeTensor):  # under FakeTensorMode parameters have no other class
     pass
 
 
-_WATCHED = {torch.nn.Parameter: _WatchedParameter, FakeTensor: _WatchedFake}
-_PLAIN = {torch.Tensor, *_WATCHED, *_WATCHED.values()}
+_WATCHED = {
+    torch.nn.Parameter: _WatchedParameter,
+    torch.Tensor: _WatchedTensor,
+    FakeTensor: _WatchedFake,
+}
+_PLAIN_OF = {watched: plain for plain, watched in _WATCHED.items()}
 
 
-def _plain_class(param):
-    return next(plain for plain, watched in _WATCHED.items() if type(param) is watched)
+def _make_plain(param):
+    param.__class__ = _PLAIN_OF.get(type(param), type(param))
 
 
-_READ = torch.Tensor.grad.__get__
-_ENGINE = {torch.autograd.backward, torch.autograd.grad}
-
-
-def _edges(value):
-    if isinstance(value, _Watched):
-        with torch._C.DisableTorchFunctionSubclass():  # it takes a view, which is no use of it
-            return torch.autograd.graph.get_gradient_edge(value)
-    return type(value)(map(_edges, value)) if type(value) in (list, tuple) else value
+def _saw_other(args, kwargs):
+    for param in _flat([*args, *kwargs.values()]):
+        if isinstance(param, _Watched):
+            if (watch := watch_of(param)) is not None:
+                watch.saw_other(param)
+            else:
+                _make_plain(param)  # what swap_tensors left in a temporary
 
 
 def _flat(value):
@@ -219,150 +324,88 @@ def _flat(value):
         yield value
 
 
-def _differentiable(value):
-    return isinstance(value, torch.Tensor) and value.grad_fn is not None
+_APPLY = torch.autograd.Function.apply.__func__.__code__
 
 
-def _factors(param):
-    """The Watch that takes its factors, or None."""
-    if not isinstance(param, _Watched):
-        return None
-    watch = _OWNERS[id(param)]()
-    return watch if watch is not None and watch.takes(param) else None
+def _in_autograd_function():
+    """Whether the forward of an autograd function is running, which uses its arguments without
+    gradients; checkpointing's own is not meant: its backward runs the operations again."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code is _APPLY:
+            return frame.f_locals["cls"] is not CheckpointFunction
+        frame = frame.f_back
+    return False
 
 
-def _plain(x, weight):
-    """Whether x times weight is an ordinary product."""
-    return (
-        type(x) in _PLAIN
-        and x.layout is torch.strided
-        and x.device == weight.device
-        and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
-        and x.is_floating_point()
-    )
+# -- reads and writes that are of no operation -----------------------------------------------------
 
 
-def _autocast(tensor, device_type):
-    if tensor is None or not torch.is_autocast_enabled(device_type):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device_type))
+def _owner(param):
+    watch = watch_of(param) if isinstance(param, _Watched) else None
+    return None if watch is None else watch.owner()
 
 
-def _linear(input, weight, bias=None):
-    factors = _factors(weight)
-    if factors is None or not _plain(input, weight) or input.ndim == 0:
-        return NotImplemented
-    if isinstance(input, _Watched) or isinstance(bias, _Watched):
-        return NotImplemented
-    kind = input.device.type
-    input = _autocast(input, kind)
-    tokens = input.numel() // max(1, input.shape[-1])
-    output_bytes = tokens * weight.shape[0] * input.element_size()
-    factors.saw_product(weight, input, output_bytes)
-    return _Linear.apply(input, weight, _autocast(bias, kind), factors, False)
+def _read_grad(func, param, *args):
+    frame = sys._getframe(2)
+    if (owner := _owner(param)) is not None:
+        if frame.f_code.co_name in ("<listcomp>", "<genexpr>", "<dictcomp>", "<setcomp>"):
+            frame = frame.f_back
+        if owner.on_read(param, frame):
+            return None
+    return func(param, *args)
 
 
-def _addmm(input, mat1, mat2, *, beta=1, alpha=1, out=None):
-    factors = _factors(mat2)
-    if factors is None or not _plain(mat1, mat2) or isinstance(mat1, _Watched):
-        return NotImplemented
-    if beta != 1 or alpha != 1 or out is not None or input.ndim != 1 or isinstance(input, _Watched):
-        return NotImplemented
-    kind = mat1.device.type
-    mat1 = _autocast(mat1, kind)
-    factors.saw_product(mat2, mat1, mat1.shape[0] * mat2.shape[1] * mat1.element_size())
-    return _Linear.apply(mat1, mat2, _autocast(input, kind), factors, True)
+def _saw_if_in_function(param):
+    """An autograd function may detach its weight, and differentiate in its forward."""
+    if _in_autograd_function():
+        _saw_other((param,), {})
 
 
-def _embedding(
-    input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False,
-    sparse=False,
-):  # fmt: skip
-    factors = _factors(weight)
-    if factors is None or max_norm is not None or scale_grad_by_freq or sparse:
-        return NotImplemented
-    if type(input) not in (torch.Tensor, FakeTensor):
-        return NotImplemented
-    factors.saw_product(weight, input, input.numel() * weight.shape[1] * weight.element_size())
-    if padding_idx is None:
-        padding_idx = -1
-    elif padding_idx < 0:
-        padding_idx += weight.shape[0]
-    return _Embedding.apply(input, weight, padding_idx, factors)
+def _write_grad(func, param, *args):
+    if (owner := _owner(param)) is not None:
+        owner.on_write(param)
+    return func(param, *args)
 
 
-_PRODUCTS = {F.linear: _linear, torch.addmm: _addmm, F.embedding: _embedding}
+def _data(func, param, *args):
+    _saw_if_in_function(param)
+    data = func(param, *args)
+    if (owner := _owner(param)) is not None:
+        owner.on_data(param, data)
+    return data
 
 
-def _no_autocast(device_type):
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
+def _add_hook(func, param, *args, **kwargs):
+    handle = func(param, *args, **kwargs)
+    if (watch := watch_of(param)) is not None:
+        watch.come_last(param)
+    return handle
 
 
-def _purpose(ctx):
-    """What this backward wants of the weight: "update", "grad" (`torch.autograd.grad`), or None."""
-    accumulate = ctx.next_functions[1][0]
-    try:
-        return "update" if torch._C._will_engine_execute_node(accumulate) else None
-    except RuntimeError:  # its way to say that torch.autograd.grad() wants this gradient
-        return "grad"
+def _detach(func, param, *args, **kwargs):
+    _saw_if_in_function(param)
+    detached = func(param, *args, **kwargs)
+    if sys._getframe(2).f_code is _NEW_PARAMETER:  # which wants the type of its argument back
+        return torch.Tensor._make_subclass(type(param), detached, False)
+    return detached
 
 
-def _take(ctx, left, right):
-    factors = ctx.factors()
-    return factors is not None and factors.take(ctx.weight, left, right)
+_NEW_PARAMETER = torch.nn.Parameter.__new__.__code__
+_SEEN = {
+    torch.Tensor.grad.__get__: _read_grad,
+    torch.Tensor.grad.__set__: _write_grad,
+    torch.Tensor.grad.__delete__: _write_grad,
+    torch.Tensor.data.__get__: _data,
+    torch.Tensor.data.__set__: _data,
+    torch.Tensor.register_post_accumulate_grad_hook: _add_hook,
+    torch.Tensor.detach: _detach,
+}
+_ENGINE = {torch.autograd.backward, torch.autograd.grad}
 
 
-class _Linear(torch.autograd.Function):
-    """x @ weight.T + bias, or x @ weight + bias when the weight lies [in, out]."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, factors, in_first):
-        ctx.factors, ctx.in_first, ctx.weight = weakref.ref(factors), in_first, weight
-        ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None)
-        w = weight.to(x.dtype)  # in an autocast region x is in its type already
-        with _no_autocast(x.device.type):
-            return torch.addmm(bias, x, w) if in_first else F.linear(x, w, bias)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        g, flat = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        dx = dw = db = None
-        if ctx.needs_input_grad[0]:
-            w = weight.to(x.dtype)
-            dx = (g @ (w.T if ctx.in_first else w)).view(x.shape)
-        if ctx.needs_input_grad[1] and (purpose := _purpose(ctx)) is not None:
-            left, right = (flat, g) if ctx.in_first else (g, flat)
-            if purpose == "grad" or not _take(ctx, left, right):
-                dw = (left.T @ right).to(ctx.weight.dtype)
-        if ctx.needs_input_grad[2]:
-            db = g.sum(0)
-        return dx, dw, db, None, None
-
-
-class _Embedding(torch.autograd.Function):
-    """F.embedding: row number `ids` of the weight for each token."""
-
-    @staticmethod
-    def forward(ctx, ids, weight, padding_idx, factors):
-        ctx.factors, ctx.padding_idx, ctx.weight = weakref.ref(factors), padding_idx, weight
-        ctx.save_for_backward(ids)
-        return torch.embedding(weight, ids, padding_idx)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        (ids,) = ctx.saved_tensors
-        rows, padding = ctx.weight.shape[0], ctx.padding_idx
-        if (purpose := _purpose(ctx)) is None:
-            return None, None, None, None
-        left, right = ids.reshape(-1), grad.reshape(-1, grad.shape[-1])
-        if padding >= 0:
-            right = right.masked_fill((left == padding)[:, None], 0.0)
-        dw = None
-        if purpose == "grad" or not _take(ctx, left, right):
-            dw = torch.ops.aten.embedding_dense_backward(grad, ids, rows, padding, False)
-        return None, dw, None, None
+def _edges(value):
+    if isinstance(value, _Watched):
+        with torch._C.DisableTorchFunctionSubclass():  # it takes a view, which is no use of it
+            return torch.autograd.graph.get_gradient_edge(value)
+    return type(value)(map(_edges, value)) if type(value) in (list, tuple) else value

@@ -1,14 +1,16 @@
 """The scalars that decide a step: one small tensor per device, read by the host only when asked."""
 
+import math
+
 import torch
 
 from .. import ops
-from .loss_scale import StuckWarning
+from .loss_scale import SkippedWarning
 
 _PLACE = {name: place for place, name in enumerate(ops.DECISIONS)}
 
 
-class DeviceDecisions:
+class DeviceScalars:
     """One step's scalars on one device, as one-element tensors for the kernels.
 
     Note [Two flags]
@@ -56,19 +58,27 @@ class DeviceDecisions:
         return self._own[_PLACE["clip_coef"]]
 
 
-class Decisions:
+class StepScalars:
     """inv_scale, clip_coef, flags, norm and loss scale of an optimizer's steps.
 
     The first device (that of the first parameter) decides, with one launch of `ops.decide_`; what
     it decided is copied to the others. Each step has its own tensor, so that inv_scale stays as it
     is until the step's updates ran although the next scale is decided before, and so that what is
     asked about the last step does not change under the next one.
+
+    Args:
+        scale: of the loss; that of the first step where it is dynamic.
+        rule: a LossScale where the scale is dynamic, else None.
+        backend: name of the backend.
+        anchor: the parameter whose device decides.
+        must_scale: whether a loss that was not scaled is a mistake.
+        dtype: of the scalars: float32, or float64 where a parameter is float64.
     """
 
-    def __init__(self, scale, rule, backend):
-        self.rule = rule  # a LossScale where the scale is dynamic
-        self._backend = backend
-        self._warning = StuckWarning()
+    def __init__(self, scale, rule, backend, anchor, must_scale=False, dtype=torch.float32):
+        self.rule, self.dtype = rule, dtype
+        self._backend, self._anchor, self._must_scale = backend, anchor, must_scale
+        self._warning = SkippedWarning(rule)
         self.set(scale)
 
     def set(self, scale, growth_tracker=0, stuck=0):
@@ -87,26 +97,36 @@ class Decisions:
     def is_open(self):
         return self._first is not None
 
-    def open(self, first):
-        """Begins a step, unless one has begun, on the device `first`."""
+    def open(self):
+        """Begins a step, unless one has begun."""
         if self._first is not None:
             return
+        first = self._anchor.device
         if self._start is None:
             # written by kernels, not copied from the host, which would wait
-            self._start = torch.zeros(len(_PLACE), device=first)
+            self._start = torch.zeros(len(_PLACE), device=first, dtype=self.dtype)
             known = {"inv_scale": 1 / self._host["grad_scale"], "clip_coef": 1.0, **self._host}
             for name, value in known.items():
                 if value:
                     self._start[_PLACE[name]].fill_(value)
         self._start = self._start.to(first, non_blocking=True)
-        self._first = DeviceDecisions(self._start, self.scaled, self._backend)
+        self._first = DeviceScalars(self._start, self.scaled, self._backend)
         self._devices[self._start.device] = self._first
 
     def on(self, device):
-        """The scalars on a device in an open step."""
+        """The scalars on a device; begins a step of a loss that was not scaled."""
+        if not self.is_open:
+            if self._must_scale and not self.scaled:
+                scale = self.rule or self._host["grad_scale"]
+                raise RuntimeError(
+                    f"loss_scale={scale} was asked for, but this gradient comes from a "
+                    "loss that was not scaled: call optimizer.scale(loss).backward() or "
+                    "optimizer.backward(loss)"
+                )
+            self.open()
         if device not in self._devices:
             values = self._first.values.to(device, non_blocking=True)
-            self._devices[device] = DeviceDecisions(values, self.scaled, self._backend)
+            self._devices[device] = DeviceScalars(values, self.scaled, self._backend)
             if self._first.clip_coef is not None:
                 self._devices[device].clip_coef = self._devices[device]._clip_coef
         return self._devices[device]
@@ -126,7 +146,7 @@ class Decisions:
         Returns:
             The norm, a one-element tensor on the first device.
         """
-        self._decide(sumsq, max_norm, self.scaled)
+        self._decide(sumsq, max_norm, self.scaled or self.rule is None)
         self.decided = True
         results = slice(_PLACE["clip_coef"], _PLACE["total_norm"] + 1)
         for device in self._others():
@@ -135,7 +155,7 @@ class Decisions:
         return self._first.total_norm
 
     def close(self, sumsq=(), counts=True):
-        """Ends the step: what is left of its norm and flags, and the next step's loss scale.
+        """Ends the step: decides its norm and flags, unless that is done, and the next loss scale.
 
         Args:
             sumsq: tensors of squared norms, where they are for the total norm alone.
@@ -149,12 +169,22 @@ class Decisions:
             self._begin()
             return []
         if not self.decided:
-            self._decide(list(sumsq), None, self.scaled and counts)
+            self._decide(list(sumsq), None, counts and (self.scaled or self.rule is None))
         devices, self._start = list(self._devices.values()), self._out
-        if self.rule is not None:
-            self._warning.look(self._start[_PLACE["stuck"]], self.rule.min_scale)
+        self._warning.look(self._start[_PLACE["stuck"]])
         self._begin()
         return devices
+
+    @property
+    def clip_coef(self):
+        """Of a step whose norm is known; asks the device."""
+        coef = self._first.clip_coef
+        return None if coef is None else float(coef)
+
+    @property
+    def found_inf(self):
+        """Whether the open step met a gradient that is not finite; asks the device."""
+        return any(bool(device.flags.any()) for device in self._devices.values())
 
     def state(self):
         """For a checkpoint; asks the device."""
@@ -168,22 +198,31 @@ class Decisions:
         return [d for d in self._devices.values() if d is not self._first]
 
     def _decide(self, sumsq, max_norm, adapts):
-        rule = {}
-        if adapts and self.rule is not None:
-            rule = {
-                "growth_factor": self.rule.growth_factor,
-                "backoff_factor": self.rule.backoff_factor,
-                "growth_interval": self.rule.growth_interval,
-                "min_scale": self.rule.min_scale,
-            }
         self._out = torch.empty_like(self._first.values)
         self._first.decide(
             self._gather(sumsq),
             found_inf=self._gather([d.flags for d in self._others()]),
             max_norm=max_norm,
             out=self._out,
-            **rule,
+            **(self._scale_rule() if adapts else {}),
         )
+
+    def _scale_rule(self):
+        rule = self.rule
+        if rule is not None:
+            return {
+                "growth_factor": rule.growth_factor,
+                "backoff_factor": rule.backoff_factor,
+                "growth_interval": rule.growth_interval,
+                "min_scale": rule.min_scale,
+            }
+        # A scale that stays: it is its own floor, so that `stuck` counts the skipped steps in a
+        # row, and a growth factor that float32 rounds to 1 never changes it.
+        return {
+            "growth_factor": math.nextafter(1.0, 2.0),
+            "growth_interval": 2**24,
+            "min_scale": self._host["grad_scale"],
+        }
 
     def _gather(self, tensors):
         """All elements as one tensor on the first device; None without any."""
