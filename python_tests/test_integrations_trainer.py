@@ -24,6 +24,15 @@ LR = 0.1
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-4}
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Products this small only wait for each other's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class Spy(transformers.TrainerCallback):
     """What a callback that stands before ours is told, such as those of `report_to`."""
 
@@ -260,9 +269,25 @@ def test_a_second_training_takes_its_own_norm(tmp_path):
     assert models.difference(ours, theirs) < 1e-6
 
 
+def test_trainer_looks_at_no_gradient(tmp_path, monkeypatch):
+    """Those that wait would be formed for it, all at once."""
+
+    def look(*args, **kwargs):
+        raise AssertionError
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", look)
+    monkeypatch.setattr(transformers.trainer, "has_mixed_dtensor", look, raising=False)
+    model = tiny_llama()
+    options = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5}
+    fit(model, Lomo(model, lr=LR), tmp_path, [LomoCallback()], **options)
+    with pytest.raises(AssertionError):  # what is replaced here is what others are clipped by
+        fit(model, sgd(model), tmp_path, **options)
+
+
 METHODS = [
     (accelerate.Accelerator, "backward"),
     (accelerate.Accelerator, "clip_grad_norm_"),
+    (transformers.Trainer, "_has_mixed_mesh_grads"),
     (transformers.Trainer, "log"),
 ]
 

@@ -21,6 +21,20 @@ LR = 0.1
 TEXTS = [f"sky of {'a ' * (i % 5)}: {('red', 'green', 'blue')[i % 3]}" for i in range(32)]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Products this small only wait for each other's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     return make_tiny(tmp_path_factory.mktemp("tiny"))

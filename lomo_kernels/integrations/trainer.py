@@ -34,10 +34,10 @@ class LomoCallback(transformers.TrainerCallback):
 
     Note [Replaced methods]
     A callback is given neither its trainer nor the accelerator. So, from `on_train_begin` to
-    `on_train_end`, `Accelerator.backward`, `Accelerator.clip_grad_norm_` and `Trainer.log` are
-    replaced: for a trainer whose optimizer has a callback here by what is said above, for any other
-    by themselves. A change of the logs in `on_log` would come too late for `report_to`, whose
-    callbacks stand first.
+    `on_train_end`, methods of Accelerator and Trainer are replaced: for a trainer whose optimizer
+    has a callback here by what is said above, for any other by themselves. Those that clip, and
+    look at every gradient to do so, look at none: that would form the gradients that wait. A
+    change of the logs in `on_log` would come too late for `report_to`, whose callbacks stand first.
     """
 
     def __init__(self):
@@ -86,12 +86,11 @@ class LomoCallback(transformers.TrainerCallback):
             original(accelerator, self._optimizer.scale(loss))
 
     def _extend(self, logs):
-        if "grad_norm" not in logs:  # of an evaluation, or the summary at the end
+        if "learning_rate" not in logs:  # of an evaluation, or the summary at the end
             return
+        logs.pop("grad_norm", None)
         norm, scale = self._optimizer.last_grad_norm, self._optimizer.loss_scale
-        if norm is None:
-            del logs["grad_norm"]
-        else:
+        if norm is not None:
             logs["grad_norm"] = norm
         logs["skipped_steps"] = self._skipped
         if scale is not None:
@@ -110,9 +109,11 @@ def _enter(callback):
         for owner, name, new in (
             (accelerate.Accelerator, "backward", _backward),
             (accelerate.Accelerator, "clip_grad_norm_", _clip_grad_norm_),
+            (transformers.Trainer, "_has_mixed_mesh_grads", _has_mixed_mesh_grads),
             (transformers.Trainer, "log", _log),
         ):
-            original = getattr(owner, name)
+            if (original := getattr(owner, name, None)) is None:
+                continue  # transformers 5.0 does not look for gradients on several meshes
             replacement = functools.wraps(original)(functools.partialmethod(new, original))
             _replaced.enter_context(mock.patch.object(owner, name, replacement))
     _training.add(callback)
@@ -140,6 +141,10 @@ def _clip_grad_norm_(accelerator, original, *args, **kwargs):
     if _callback_of(accelerator._optimizers) is None:
         return original(accelerator, *args, **kwargs)
     return torch.tensor(math.nan)  # not known before step(): `_log` puts it in
+
+
+def _has_mixed_mesh_grads(trainer, original, model):
+    return _callback_of([trainer.optimizer]) is None and original(trainer, model)
 
 
 def _log(trainer, original, logs, *args, **kwargs):
