@@ -77,3 +77,12 @@ def test_the_script_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(script, "README.md", "exec"), {})
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "finetuned")
+
+
+def test_the_example_of_gradients_runs():
+    page = (ROOT / "docs" / "gradients.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = {}
+    exec(compile(block, "docs/gradients.md", "exec"), names)
+    assert names["optimizer"].is_clean
+    assert names["optimizer"].param_groups[0]["step"] == 1

@@ -68,7 +68,6 @@ class LomoCallback(transformers.TrainerCallback):
                     f"{max_norm}: take max_grad_norm=0, another strategy, or norm='tensor'"
                 )
             ours.clip_grad_norm = max_norm or None
-            ours.step()  # of nothing: what the norm needs is watched from the first forward on
             self._from_trainer = ours
             if max_norm:
                 logger.info("the optimizer clips by max_grad_norm=%g, not Trainer", max_norm)
