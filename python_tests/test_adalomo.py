@@ -347,6 +347,19 @@ def test_a_gradient_that_waited_as_factors_is_used_whole(monkeypatch):
     assert models.difference(ours, whole) < 1e-6
 
 
+def test_a_gradient_that_float16_cannot_hold():
+    """Its factors can, and it is formed in float32."""
+    ours = nn.Linear(64, 64, bias=False).to(F16)
+    exact = nn.Linear(64, 64, bias=False)
+    exact.load_state_dict(ours.state_dict())
+    for layer in (ours, exact):
+        x = torch.full((8, 64), 200.0, dtype=layer.weight.dtype)
+        optimizer = AdaLomo(layer, LR, None, clip_grad_norm=1.0, rounding="nearest")
+        optimizer.backward(200.0 * layer(x).float().sum())  # 320000 in each place
+        assert not optimizer.last_step_skipped
+    assert (ours.weight - exact.weight).abs().max() < 1e-3 * exact.weight.abs().max()
+
+
 def test_one_gradient_at_a_time_exists():
     """With factors waiting, the gradient of one weight at a time is formed for its update."""
     model = models.build(width=256, depth=4)
