@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lomo_kernels import AdaLomo, LossScale, ops
-from lomo_kernels.optim import gradient
+from lomo_kernels.ops import factors
 
 LR = 0.02
 BF16, F16 = torch.bfloat16, torch.float16
@@ -342,7 +342,7 @@ def test_a_gradient_that_waited_as_factors_is_used_whole(monkeypatch):
     """Also where Lomo would form it in blocks."""
     ours, whole = models.build(width=64), models.build(width=64)
     train(whole, AdaLomo(whole, LR, clip_grad_norm=1.0), [0, 1])
-    monkeypatch.setattr(gradient, "BLOCK", 64 * 7)
+    monkeypatch.setattr(factors, "BLOCK", 64 * 7)
     train(ours, AdaLomo(ours, LR, clip_grad_norm=1.0), [0, 1])
     assert models.difference(ours, whole) < 1e-6
 

@@ -951,3 +951,28 @@ def test_an_enabled_grad_scaler_is_refused(case):
     scaler.scale(models.loss_of(model)).backward()
     with pytest.raises(RuntimeError, match="switch it off and pass loss_scale to the optimizer"):
         scaler.step(optimizer)
+
+
+@pytest.mark.filterwarnings("ignore:zero_grad.* came after a backward")
+def test_a_scaled_step_is_closed_when_the_model_drops_its_gradients():
+    """An overflow does not outlive its step, and the scale falls."""
+    layer = nn.Linear(4, 4)
+    optimizer = Lomo(layer, lr=0.1, loss_scale="dynamic")
+    for step in range(3):
+        before = models.snapshot(layer)
+        loss = layer(torch.ones(2, 4)).sum() * (math.inf if step == 0 else 1.0)
+        optimizer.scale(loss).backward()
+        layer.zero_grad()
+        optimizer.step()
+        assert optimizer.last_step_skipped == (step == 0)
+        assert models.same(layer, before) == (step == 0)
+    assert optimizer.loss_scale == 65536.0 / 2
+
+
+def test_an_assigned_gradient_is_no_reason_for_a_word_about_the_budget():
+    layer = nn.Linear(8, 8, bias=False)
+    optimizer = Lomo(layer, lr=0.1, clip_grad_norm=1.0)
+    layer.weight.grad = torch.ones(8, 8)
+    with silence():
+        optimizer.step()
+    assert optimizer.last_grad_norm == 8.0

@@ -56,7 +56,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._holding = self._announced = self._taken_over = False
         self._watch = Watch(self)
         self.told = notices.Told()
-        self._empty_steps, self._arrived = 0, None
+        self._reached = False  # whether a backward has ever reached a parameter
+        self._empty_steps, self._arrived = 0, 0  # steps without gradients; gradients of the last
         self._asked_for_ddp = not torch.distributed.is_available()
         self.cancellation = Cancellation()
         self._last = self._choice = self._report = None
@@ -146,12 +147,13 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"{self.name_of(unknown[0])} still holds one: run every backward of the step "
                 "under `with optimizer.accumulate():`"
             )
+        if self.needs_norm and not step.is_decided:
+            self._compare_with_budget(last=True)
         for param in accumulated:
             grad, param.grad = param.grad, None
             waits = self.needs_norm or id(param) in step.waiting
             step.take(param, grad, Fate.WAIT if waits else Fate.APPLY)
         if self.needs_norm and not step.is_decided:
-            self._compare_with_budget(last=True)
             self._decide()
         step.apply_all()
 
@@ -334,7 +336,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._refuse_replaced(trained)
         if not trained:
             self.told.warn(notices.FROZEN)
-        elif self._arrived is None and self._empty_steps == 2:
+        elif not self._reached and self._empty_steps == 2:
             self.told.warn(notices.NOTHING)
 
     def _refuse_replaced(self, params):
@@ -640,6 +642,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     @unwatched
     def on_factors(self, param, factors):
         """In backward: the factors of a gradient; whether they are taken in its place."""
+        self._reached = True
         if param.grad is not None:  # accumulated or shown: autograd adds to it
             return False
         in_blocks = self.strategy == "immediate" and not self._holding
@@ -653,6 +656,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not self._asked_for_ddp:
             self._asked_for_ddp = True
             notices.refuse_ddp(self.numbers)
+        self._reached = True
         if id(param) in self._step.shown:  # the reader's tensor stays, and grows as in torch
             return
         if self._holding and self._step.fate(param) is not Fate.WAIT:
@@ -723,7 +727,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _close(self, abandon=False):
         step = self._step
-        if self.scalars.scaled and not (step.used or step.is_decided or abandon):
+        if self.scalars.scaled and not (step.used or step.wrote or step.is_decided or abandon):
             return  # a scaled loss waits for its backward
         sumsq = step.norms.tensors()
         used = bool(step.used) or step.wrote
