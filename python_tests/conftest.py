@@ -20,12 +20,16 @@ def deterministic():
 def poisoned_memory(monkeypatch):
     """Memory that nobody wrote reads as NaN, so that a missing write cannot pass by luck."""
 
+    def poisoned(tensor):
+        if tensor.dtype.is_floating_point:
+            tensor.detach().fill_(float("nan"))  # checkpointing of torch 2.11 makes a leaf
+        return tensor
+
     def poison(name):
         real = getattr(torch, name)
 
         def empty(*args, **kwargs):
-            tensor = real(*args, **kwargs)
-            return tensor.fill_(float("nan")) if tensor.dtype.is_floating_point else tensor
+            return poisoned(real(*args, **kwargs))
 
         monkeypatch.setattr(torch, name, empty)
 
@@ -34,7 +38,6 @@ def poisoned_memory(monkeypatch):
     real_new_empty = torch.Tensor.new_empty
 
     def new_empty(self, *args, **kwargs):
-        tensor = real_new_empty(self, *args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.dtype.is_floating_point else tensor
+        return poisoned(real_new_empty(self, *args, **kwargs))
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
