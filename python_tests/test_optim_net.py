@@ -400,3 +400,21 @@ def test_adalomo_takes_a_scale_of_zero_as_none(clip):
     without.backward(models.loss_of(other))
     assert models.same(model, models.snapshot(other))
     assert not models.same(model, models.snapshot(models.build()))
+
+
+@pytest.mark.parametrize("option", [{"scale_grad_by_freq": True}, {"max_norm": 0.5}], ids=str)
+@pytest.mark.parametrize("strategy", ["one_backward", "two_backward"])
+def test_an_embedding_whose_gradient_is_no_product(option, strategy):
+    tables = [nn.Embedding(40, 64, **option) for _ in range(2)]
+    tables[1].load_state_dict(tables[0].state_dict())
+    optimizer = Lomo(tables[0], lr=0.3, clip_grad_norm=0.2, strategy=strategy)
+    sgd = torch.optim.SGD(tables[1].parameters(), lr=0.3)
+    ids = torch.tensor([3, 3, 7, 1])  # one of them twice
+    for step in range(2):
+        losses = [table(ids).pow(2 + step).sum() for table in tables]
+        optimizer.backward(losses[0])
+        losses[1].backward()
+        nn.utils.clip_grad_norm_(tables[1].parameters(), 0.2)
+        sgd.step()
+        sgd.zero_grad()
+    assert models.difference(*tables) < 1e-6
