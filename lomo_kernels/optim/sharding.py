@@ -8,9 +8,9 @@ of one device. What one rank cannot know alone is agreed on with one message: th
 all parts, and the flags, of all ranks, which `ops.decide_` adds in a fixed order. So the norm, the
 skip and the loss scale are the same bits on all ranks.
 
-The leaves of the graph are the whole parameters that FSDP2 gathers for a unit, not the sharded ones.
-A second backward that is limited to some parameters needs them: they are what a module holds while
-its forward runs.
+The leaves of the graph are the whole parameters that FSDP2 gathers for a unit, not the sharded
+ones. A second backward that is limited to some parameters needs them: they are what a module holds
+while its forward runs.
 
 This is the one room that knows of torch.distributed; it imports nothing of it before a DTensor is
 met.
@@ -67,11 +67,12 @@ def local_gradient(grad, param, name):
 
 
 def like(value, param):
-    """A tensor that has the parts of `param` (or of its first dimensions) as a DTensor; a plain
-    tensor where the parameter is plain or `value` is not cut as it is."""
+    """`value`, this rank's part of what has the parameter's shape, or its first dimension alone,
+    as a DTensor that is sharded alike; of a plain parameter `value` itself."""
     if not is_sharded(param):
         return value
-    shape = torch.Size(param.shape[: value.ndim])
+    whole = value.shape == local(param).shape
+    shape = param.shape if whole else torch.Size((param.shape[0], *value.shape[1:]))
     stride = torch.empty(shape, device="meta").stride()
     return dtensor().from_local(
         value, param.device_mesh, param.placements, run_check=False, shape=shape, stride=stride
