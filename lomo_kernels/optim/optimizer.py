@@ -222,11 +222,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _taken(self, param):
         """`.grad`, out of the parameter; of a sharded one this rank's part."""
         grad, param.grad = param.grad, None
-        return (
-            grad
-            if self.ranks is None
-            else sharding.local_gradient(grad, param, self.name_of(param))
-        )
+        return grad if self.ranks is None else sharding.local_gradient(grad, param, self.name_of)
 
     @unwatched
     def zero_grad(self, set_to_none=True):

@@ -45,7 +45,7 @@ def local(tensor):
     return tensor._local_tensor if is_sharded(tensor) else tensor
 
 
-def local_gradient(grad, param, name):
+def local_gradient(grad, param, name_of):
     """This rank's part of a gradient, placed as its parameter is.
 
     Raises:
@@ -56,7 +56,7 @@ def local_gradient(grad, param, name):
     if grad.placements != param.placements:  # of sequence parallelism: sums that are still to do
         for placement in grad.placements:
             if placement.is_partial() and placement.reduce_op not in ("sum", "avg"):
-                raise TypeError(notices.PARTIAL.format(name=name, placement=placement))
+                raise TypeError(notices.PARTIAL.format(name=name_of(param), placement=placement))
         grad = grad.redistribute(placements=param.placements)
     grad = grad._local_tensor
     if grad.is_cuda:
@@ -113,12 +113,6 @@ def _offset(param):
     return offset, (tuple(first), tuple(mine.shape))
 
 
-def _has_whole_rows(param):
-    """Whether it is cut along its first dimension only."""
-    mine = local(param)
-    return mine.numel() == 0 or mine.shape[1:] == param.shape[1:]
-
-
 def check(param, name, by_rows):
     """Refuses placements that an update cannot work on.
 
@@ -168,7 +162,10 @@ class Ranks:
         else:
             self.group = (widest if widest.ndim == 1 else widest._flatten()).get_group()
         self.size = dist.get_world_size(self.group)
-        self._device = self._device_of_messages(widest)
+        backends = str(dist.get_backend_config(self.group))
+        # Offloaded parameters lie on the CPU, from which a group of NCCL alone cannot send.
+        by_cpu = widest.device_type == "cpu" or any(b in backends for b in ("cpu:", "gloo", "mpi"))
+        self._device = "cpu" if by_cpu else widest.device_type
         found = [(*_offset(p), tuple(p.shape), str(p.dtype), local(p).nbytes) for p in params]
         places = [each[1:] for each in found]
         ranks = self._all(places)
@@ -186,13 +183,6 @@ class Ranks:
         }
         self._masks = {}
         self._params = params
-
-    def _device_of_messages(self, mesh):
-        """Where messages lie: None: where the values are; else the kind of device that the group's
-        backend can send from, which need not be that of offloaded parameters."""
-        backends = str(self._dist.get_backend_config(self.group))
-        has_cpu = any(name in backends for name in ("gloo", "mpi", "fake", "cpu:"))
-        return None if has_cpu or mesh.device_type == "cpu" else mesh.device_type
 
     def _all(self, value):
         """What every rank says."""
@@ -212,7 +202,7 @@ class Ranks:
         if self.size == 1:
             return values
         self.messages += 1
-        sent = values if self._device is None else values.to(self._device)
+        sent = values.to(self._device) if values.device.type == "cpu" else values
         every = sent.new_empty((self.size, sent.shape[1]))
         _all_gather(self._dist)(every, sent, group=self.group)
         return every.to(values.device)
