@@ -151,13 +151,19 @@ def _parts_call(call, rows, items, statistics, squares, *, weights, **options):
     _run_adalomo(run, rows, items, more, weights, **options)
 
 
-def adalomo_statistics_(out, items, *, weights, **options):
-    """Returns what the other calls get as `kept`: csrc/kernels.h, AdaPart, and their memory."""
+def adalomo_memory(items):
+    """Floats that each part keeps for the later calls, and that the first call needs beside."""
     sizes, passing = [], 0
     for item in items:
         tiles, whole = item.tiles, item.tiles.rows
         passing = max(passing, _C.adalomo_scratch(*tiles) - _C.adalomo_kept(*tiles, whole))
         sizes.append(_C.adalomo_kept(*tiles, item.part.shape[0] if item.part.joined else whole))
+    return sizes, passing
+
+
+def adalomo_statistics_(out, items, *, weights, **options):
+    """Returns what the other calls get as `kept`: csrc/kernels.h, AdaPart, and their memory."""
+    sizes, passing = adalomo_memory(items)
     kept, once = weights.new_empty(sum(sizes)), weights.new_empty(passing)
     rows, place = array("q"), kept.data_ptr()
     for item, size in zip(items, sizes):

@@ -106,7 +106,7 @@ class AdaLomo(FusedOptimizer):
 
     def _is_cut(self, name, param):
         # the column moments of a matrix are sums over all rows, the same on all ranks
-        return name == "exp_avg_sq_col" and param.ndim > 2 or name in _CUT
+        return (name == "exp_avg_sq_col" and param.ndim > 2) or name in _CUT
 
     def update(self, pieces, group, numbers, scalars):
         if self.ranks is not None:
