@@ -172,8 +172,8 @@ def peak(shape, *of_job, **options):
 
 
 def gram_flops(m, tokens, inputs_are_there=False):
-    """ops.product_sumsq_: tiles of half of two symmetric matrices; one-hot rows cost nothing, nor do
-    inputs whose tiles another weight has made."""
+    """ops.product_sumsq_: tiles of half of two symmetric matrices. One-hot rows cost nothing, and
+    neither do inputs whose tiles another weight has made."""
     tile = product_sumsq.TILE
     full, rest = divmod(tokens, tile)
     squares = full * tile**2 + rest**2  # of the tiles on the diagonal
