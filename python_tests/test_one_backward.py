@@ -1016,8 +1016,9 @@ def test_an_update_of_factors_draws_the_bits_of_its_own_step(rounding):
     layer = nn.Linear(64, 48, bias=False).bfloat16()
     twin = copy.deepcopy(layer)
     options = {"lr": 0.3, "rounding": rounding, "seed": 5}
-    immediate = Lomo(layer, strategy="immediate", **options)
-    plain = Lomo(twin, **options)
+    other = nn.Parameter(torch.zeros(1))  # so that the weight's number is not 0
+    immediate = Lomo([other, layer.weight], strategy="immediate", **options)
+    plain = Lomo([nn.Parameter(torch.zeros(1)), twin.weight], **options)
     for step in range(3):
         x = torch.zeros(8, 64, dtype=torch.bfloat16)
         x[range(8), range(step, step + 8)] = 1.0  # each element of the gradient has one term
