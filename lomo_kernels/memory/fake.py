@@ -5,16 +5,17 @@ kernels only what they allocate is.
 """
 
 import contextlib
+import functools
 import warnings
 from unittest import mock
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
 from .. import ops
 from ..ops import factors
 from ..ops.adalomo import LAST_STEP, Tiles
-from ..optim import adalomo, gram
+from ..optim import adalomo, gram, sharding
 
 
 def _nothing(*args, **kwargs):
@@ -75,6 +76,15 @@ def _mixes_unless_fake(mixes):
     return call
 
 
+def _on_real_tensors(run):
+    @functools.wraps(run)
+    def call(*args):
+        with unset_fake_temporarily():
+            return run(*args)
+
+    return call
+
+
 @contextlib.contextmanager
 def fake_step(device="cuda"):
     """FakeTensorMode in which this package's optimizers take their steps.
@@ -88,6 +98,8 @@ def fake_step(device="cuda"):
     ]
     # The host would look at a number that there is not.
     patches.append((gram.Cancellation, "note", _note_unless_fake(gram.Cancellation.note)))
+    # torch computes with tensors where a part begins, and looks at them.
+    patches.append((sharding, "_offset", _on_real_tensors(sharding._offset)))
     table = _AdaLomo()
     patches.append((adalomo, "adalomo_weights", table.weights))
     patches.append((ops, "adalomo_update_", _unless_fake(ops.adalomo_update_, table.update_)))
