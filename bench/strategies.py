@@ -171,12 +171,14 @@ def peak(shape, *of_job, **options):
 # -- operations ------------------------------------------------------------------------------------
 
 
-def gram_flops(m, tokens):
-    """ops.product_sumsq_: tiles of half of two symmetric matrices; one-hot rows cost nothing."""
+def gram_flops(m, tokens, inputs_are_there=False):
+    """ops.product_sumsq_: tiles of half of two symmetric matrices. One-hot rows cost nothing, and
+    neither do inputs whose tiles another weight has made."""
     tile = product_sumsq.TILE
     full, rest = divmod(tokens, tile)
     squares = full * tile**2 + rest**2  # of the tiles on the diagonal
-    return (m.cols if m.embedding else m.rows + m.cols) * (tokens**2 + squares)
+    width = (0 if m.embedding else m.rows) + (0 if inputs_are_there else m.cols)
+    return width * (tokens**2 + squares)
 
 
 def product_flops(m, tokens):
@@ -189,16 +191,21 @@ def attention_flops(shape, tokens):
     return 4 * tokens**2 * shape.hidden
 
 
-def first_flops(m, tokens, itemsize, strategy, waits):
+def by_gram(m, tokens):
+    return ops.gram_is_cheaper(tokens, m.rows, m.cols)
+
+
+def first_flops(m, tokens, itemsize, strategy, waits, inputs_are_there):
     """A weight's gradient and its norm in the first or only backward, and updates that waited."""
-    form, by_gram = product_flops(m, tokens), ops.gram_is_cheaper(tokens, m.rows, m.cols)
+    form = product_flops(m, tokens)
     if strategy == "none":
         return form
     if not waits:  # until the second backward
-        return gram_flops(m, tokens) if by_gram else form
+        return gram_flops(m, tokens) if by_gram(m, tokens) else form
     if not keeps_factors(m, tokens, itemsize):
         return form
-    return form + (gram_flops(m, tokens) if by_gram else form)
+    norm = gram_flops(m, tokens, inputs_are_there) if by_gram(m, tokens) else form
+    return form + norm
 
 
 def flops(shape, tokens, checkpointing, strategy, itemsize=2):
@@ -211,9 +218,12 @@ def flops(shape, tokens, checkpointing, strategy, itemsize=2):
     attention = attention_flops(shape, tokens)
     forward = sum(product_flops(m, tokens) for m in listed) + shape.layers * attention
     total = forward + 2 * shape.layers * attention
+    measured = False  # whether the norm of a weight with the same inputs is by Gram matrices
     for i, m in enumerate(listed):
+        measured = measured and m.shares
         total += product_flops(m, tokens)  # the gradient of its input
-        total += first_flops(m, tokens, itemsize, strategy, i in kept)
+        total += first_flops(m, tokens, itemsize, strategy, i in kept, measured)
+        measured |= i in kept and by_gram(m, tokens)
     recomputed = layer_flops(shape, tokens, strategy)
     if checkpointing:
         total += shape.layers * recomputed

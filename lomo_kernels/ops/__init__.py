@@ -16,6 +16,7 @@ from .adalomo import (
     adalomo_sums_,
     adalomo_update_,
 )
+from .adalomo_parts import AdalomoParts
 from .backends import BACKENDS, build_info, pick_backend, unavailable
 from .checks import DTYPES, ROUNDINGS
 from .product_sumsq import gram_is_cheaper, product_sumsq_
@@ -26,6 +27,7 @@ __all__ = [
     "DECISIONS",
     "DTYPES",
     "ROUNDINGS",
+    "AdalomoParts",
     "adalomo_state",
     "adalomo_sums_",
     "adalomo_update_",
@@ -282,7 +284,7 @@ def decide_(
             raise ValueError(f"{name} must have {len(DECISIONS)} elements, got {tensor.numel()}")
     if sumsq is not None and sumsq.numel() == 0:
         raise ValueError("sumsq must have at least one element, got none")
-    if out is not None and out.data_ptr() == decisions.data_ptr():
+    if out is not None and checks.is_same(out, decisions):
         raise ValueError("out and decisions must be two tensors, got the same one twice")
     if max_norm is not None and not (
         isinstance(max_norm, (float, int)) and 0 < max_norm < math.inf

@@ -28,9 +28,8 @@ def build_info():
     return build_info()
 
 
-@functools.lru_cache
 def pick_backend(device, name="auto", dtype=None):
-    """The module that runs the operations on `device`.
+    """The module that runs the operations on `device`; under FakeTensorMode always `fake`.
 
     Args:
         device: a torch.device.
@@ -41,6 +40,13 @@ def pick_backend(device, name="auto", dtype=None):
         ValueError: an unknown name.
         RuntimeError: the named backend cannot run there; the message says why.
     """
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        return importlib.import_module(f"{__package__}.fake")
+    return _pick(device, name, dtype)
+
+
+@functools.lru_cache
+def _pick(device, name, dtype):
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got {name!r}")
     reasons = {}

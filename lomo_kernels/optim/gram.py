@@ -18,38 +18,40 @@ class Cancellation:
 
     def __init__(self):
         self._heavy = set()
-        self._found = defaultdict(list)  # device -> [(param_id, ratio)]
+        self._found = defaultdict(list)  # device -> [(numbers, ratios)]
         self._arriving = []
 
-    def trusts(self, param_id):
-        return param_id not in self._heavy
+    def trusts(self, number):
+        """Of a parameter, by its number."""
+        return number not in self._heavy
 
-    def note(self, param_id, total, magnitude):
-        """-> whether to use `total` now."""
-        ratio = magnitude / total
-        if ratio.device.type == "cpu":
-            if ratio > MAX_CANCELLATION:  # not for NaN
-                self._heavy.add(param_id)
-            return self.trusts(param_id)
-        self._found[ratio.device].append((param_id, ratio))
-        return True
+    def note(self, numbers, totals, magnitudes):
+        """-> the numbers whose total is to be used now."""
+        ratios = magnitudes / totals
+        if ratios.device.type == "cpu":
+            # a NaN is not heavy
+            self._heavy.update(n for n, r in zip(numbers, ratios.tolist()) if r > MAX_CANCELLATION)
+            return {number for number in numbers if self.trusts(number)}
+        self._found[ratios.device].append((numbers, ratios))
+        return set(numbers)
 
     def close(self):
         if self._found and torch.cuda.is_current_stream_capturing():
             self._found.clear()  # no host code runs when the step is replayed
             return
         for device, found in self._found.items():
-            ids, ratios = zip(*found)
-            host = torch.empty(len(ids), dtype=torch.float64, pin_memory=True)
-            host.copy_(torch.stack(ratios), non_blocking=True)
+            numbers = [number for each, _ in found for number in each]
+            host = torch.empty(len(numbers), dtype=torch.float64, pin_memory=True)
+            host.copy_(torch.cat([ratios for _, ratios in found]), non_blocking=True)
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(device))
-            self._arriving.append((event, ids, host))
+            self._arriving.append((event, numbers, host))
         self._found.clear()
         waiting = []
-        for event, ids, host in self._arriving:
+        for event, numbers, host in self._arriving:
             if event.query():
-                self._heavy.update(i for i, r in zip(ids, host.tolist()) if r > MAX_CANCELLATION)
+                heavy = zip(numbers, host.tolist())
+                self._heavy.update(number for number, ratio in heavy if ratio > MAX_CANCELLATION)
             else:
-                waiting.append((event, ids, host))
+                waiting.append((event, numbers, host))
         self._arriving = waiting

@@ -58,6 +58,7 @@ class Lomo(FusedOptimizer):
     order. `last_step_skipped` tells. The kernels never make the host wait.
     """
 
+    takes_products = True
     finetune_lr = 0.1  # of fine-tuning with clip_grad_norm=1.0
 
     def __init__(
@@ -110,6 +111,23 @@ class Lomo(FusedOptimizer):
             step=group["step"],
             param_id=numbers,
             offset=[piece.offset for piece in pieces],
+            backend=self.backend_name,
+            **scalars,
+        )
+
+    def update_product(self, param, pairs, group, number, scalars):
+        rounding, low = self.rounding_of(param, group)
+        ops.product_update_(
+            param,
+            pairs,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            clip_value=group["clip_grad_value"],
+            rounding=rounding,
+            low=low,
+            seed=group["seed"],
+            step=group["step"],
+            param_id=number,
             backend=self.backend_name,
             **scalars,
         )

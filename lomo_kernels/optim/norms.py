@@ -1,6 +1,7 @@
 """The squared norms of a step's gradients, from which `StepScalars` makes a clip coefficient."""
 
 import itertools
+from collections import defaultdict
 
 import torch
 
@@ -31,9 +32,7 @@ class Norms:
         if not gradient.factors:
             self._sumsq(slot, gradient.dense)
             return "gradient"
-        if gradient.dense is None and self.measure_factors(
-            number, gradient.factors, gradient.param
-        ):
+        if self.measure_products([(number, gradient)]):
             return "gram"
         slot.zero_()
         part = torch.empty_like(slot)
@@ -42,18 +41,41 @@ class Norms:
             slot += part
         return "blocks"
 
-    def measure_factors(self, number, factors, param):
-        """By Gram matrices, if they cost less than the gradient and do not cancel; says whether."""
-        tokens = sum(f.tokens for f in factors)
-        if not ops.gram_is_cheaper(tokens, *param.shape) or not self._cancellation.trusts(number):
-            return False
-        slot = self.slots(factors[0].right.device, number)
-        magnitude, scalars = torch.empty_like(slot), self._scalars.on(slot.device)
-        ops.product_sumsq_(
-            slot, magnitude, [[(f.left, f.right) for f in factors]],
-            inv_scale=scalars.inv_scale, found_inf=scalars.skip, backend=self._backend,
-        )  # fmt: skip
-        return self._cancellation.note(number, slot[0], magnitude[0])
+    def measure_products(self, numbered):
+        """Of (number, gradient) pairs those that have factors alone, by Gram matrices, together;
+        weights with the same inputs share the inputs' matrices.
+
+        Returns:
+            The numbers of those for which that costs less than the gradient, and does not cancel.
+        """
+        devices = defaultdict(list)
+        for number, gradient in numbered:
+            tokens = sum(f.tokens for f in gradient.factors)
+            if (
+                gradient.factors
+                and gradient.dense is None
+                and ops.gram_is_cheaper(tokens, *gradient.param.shape)
+                and self._cancellation.trusts(number)
+            ):
+                devices[gradient.device].append((number, gradient))
+        measured = set()
+        for device, group in devices.items():
+            numbers, gradients = zip(*group)
+            # slots of their own, since the numbers may lie anywhere
+            sumsq, magnitude = torch.empty(
+                2, len(group), device=device, dtype=self._scalars.dtype
+            ).unbind()
+            scalars = self._scalars.on(device)
+            ops.product_sumsq_(
+                sumsq, magnitude, [gradient.pairs for gradient in gradients],
+                inv_scale=scalars.inv_scale, found_inf=scalars.skip, backend=self._backend,
+            )  # fmt: skip
+            trusted = self._cancellation.note(numbers, sumsq, magnitude)
+            for place, number in enumerate(numbers):
+                if number in trusted:
+                    self.slots(device, number).copy_(sumsq[place : place + 1])
+            measured |= trusted
+        return measured
 
     def measure_tensors(self, numbered):
         """Of (number, tensor) pairs, neighbours in one launch."""

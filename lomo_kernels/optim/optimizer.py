@@ -35,12 +35,15 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     A subclass is a rule: `update(pieces, group, numbers, scalars)`, with pieces (gradient.py) of
     parameters of one group, device and dtype, the numbers of these parameters, and the scalars
-    inv_scale, clip_coef, found_inf and skip, one-element tensors on the device or None.
+    inv_scale, clip_coef, found_inf and skip, one-element tensors on the device or None. It may also
+    have `update_product(param, pairs, group, number, scalars)`, for a gradient that is a sum of
+    products of factors (ops.product_update_).
     What becomes of a gradient: step.py, Note [Fates]. Sharded parameters: sharding.py, Note
     [Shards].
     """
 
     whole_gradients = False  # whether an update needs each gradient in one piece
+    takes_products = False  # whether there is an `update_product`
     whole_rows = False  # whether a sharded parameter must be cut along its first dimension
     must_scale = True  # whether a bare loss.backward() is a mistake where a scale was asked for
     dtypes = (*ops.DTYPES, torch.float64)

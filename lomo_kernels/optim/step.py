@@ -109,7 +109,8 @@ class Step:
         if fate is Fate.MEASURE:
             if id(param) in self.used or not once:
                 return False
-            taken = self.norms.measure_factors(self._number(param), [factors], param)
+            gradient = Gradient(param, factors=[factors])
+            taken = bool(self.norms.measure_products([(self._number(param), gradient)]))
             self.used.update([id(param)] if taken else [])
             return taken
         self.scalars.on(factors.right.device)  # asks whether the loss was scaled
@@ -264,6 +265,13 @@ class Step:
             if self._optimizer.ranks is not None:
                 slot = self._optimizer.ranks.agree_on(gradient.param, slot, scalars.skip)
             coef = scalars.own_coefficient(slot, self._optimizer.clip_grad_norm)
+        if self._optimizer.takes_products and gradient.factors and gradient.dense is None:
+            self.wrote = True
+            group, scalars = self._group_and_scalars(gradient.param, scalars, coef)
+            self._optimizer.update_product(
+                gradient.param, gradient.pairs, group, self._number(gradient.param), scalars
+            )
+            return
         for piece in gradient.pieces(self._optimizer.whole_gradients):
             self._update([([piece], scalars, coef)])
 
@@ -272,18 +280,16 @@ class Step:
         self.wrote = True
         optimizer, ranks, updates = self._optimizer, self._optimizer.ranks, []
         for pieces, scalars, coef in calls:
-            skip, found_inf = scalars.next_flags()
             if ranks is not None:
                 pieces = [p._replace(first=ranks.part(p.param).offset) for p in pieces]
-            updates.append(
-                (
-                    pieces,
-                    optimizer.param_groups[optimizer.group_of[id(pieces[0].param)]],
-                    [optimizer.numbers[id(piece.param)] for piece in pieces],
-                    {
-                        "inv_scale": scalars.inv_scale, "clip_coef": coef, "found_inf": found_inf,
-                        "skip": skip,
-                    },
-                )
-            )  # fmt: skip
+            group, scalars = self._group_and_scalars(pieces[0].param, scalars, coef)
+            numbers = [optimizer.numbers[id(piece.param)] for piece in pieces]
+            updates.append((pieces, group, numbers, scalars))
         optimizer.update_all(updates)
+
+    def _group_and_scalars(self, param, scalars, coef):
+        """What a rule is told beside the gradients; the flags are those of one update."""
+        skip, found_inf = scalars.next_flags()
+        return self._optimizer.param_groups[self._optimizer.group_of[id(param)]], {
+            "inv_scale": scalars.inv_scale, "clip_coef": coef, "found_inf": found_inf, "skip": skip,
+        }  # fmt: skip

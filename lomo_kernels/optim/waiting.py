@@ -74,9 +74,12 @@ class Waiting(dict):
         dense = [g for g in self.values() if not g.factors]
         norms.measure_tensors([(numbers[id(g.param)], g.dense) for g in dense])
         found["gradient"] = len(dense)
-        for gradient in self.values():
-            if gradient.factors:
-                found[norms.measure(numbers[id(gradient.param)], gradient)] += 1
+        factored = [(numbers[id(g.param)], g) for g in self.values() if g.factors]
+        together = norms.measure_products(factored)
+        found["gram"] = len(together)
+        for number, gradient in factored:
+            if number not in together:
+                found[norms.measure(number, gradient)] += 1
         return found
 
 
