@@ -44,7 +44,7 @@ CARDS = ((1, 24), (1, 48), (1, 80), (1, 141), (8, 24))  # devices, GiB of each
 STEP = {"batch": 1, "sequence": 1024, "checkpointing": "non_reentrant"}
 
 
-def _reference(name, model, sharded, options):
+def _reference(name, model, options):
     """In place of `optimizers.make`: the implementation that the paper's authors published."""
     import lomo_optim  # whose rows need it; its tables do not
 

@@ -138,6 +138,8 @@ def _add_plan_options(plan):
     add("--attention", "eager, sdpa or another of transformers'")
     add("--devices", "how many share parameters, gradients and states", int)
     add("--sharding", "none, fsdp2 or zero3; by default fsdp2 for more than one device")
+    add("--units", "of fsdp2: layer, or fine: attention, MLP, embedding and head apart")
+    add("--offload", "cpu: parameters, gradients and states live in host memory")
     add("--device", "cuda or cpu")
     add("--device-memory", "of each device, e.g. 24GiB: says whether it fits")
     add("--search", "batch or sequence: finds the largest that fits")
@@ -185,23 +187,25 @@ def _show_plan(found):
 
     job, size = found.job, memory.report.size
     where = "each of the devices" if job.shards > 1 else "the device"
+    host = found.summary.host
     table = Table(
         title=f"{found.model}, {found.parameters:,} parameters: {job.optimizer}, {job.dtype}, "
         f"{job.batch} x {job.sequence} tokens, checkpointing {job.checkpointing or 'no'}",
         caption=f"on {where}; the peak is in {found.place}",
     )
-    for column in ("", "at the peak", "highest"):
+    for column in ("", "at the peak", "highest", *(["in host memory"] if host else [])):
         table.add_column(column, justify="left" if column == "" else "right")
     for category in memory.CATEGORIES:
-        table.add_row(category, size(found.at_peak[category]), size(found.maxima[category]))
+        cells = [found.at_peak[category], found.maxima[category]]
+        cells += [host.peak.parts[category]] if host else []
+        table.add_row(category, *map(size, cells))
     table.add_section()
-    table.add_row("peak", size(found.peak), "")
+    table.add_row("peak", size(found.peak), "", *([size(found.host_peak)] if host else []))
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = 100
     console.print(table)
-    for line in (found.verdict(), *found.notes):
-        console.print(line, markup=False)
+    console.print(found.verdict(), markup=False)
 
 
 def _loss_scale(text):

@@ -5,17 +5,18 @@ them (ops/fake.py).
 """
 
 import contextlib
+import functools
 import warnings
 from unittest import mock
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
 from ..ops import adalomo as ops_adalomo
 from ..ops import factors
 from ..ops.adalomo import LAST_STEP
 from ..optim import adalomo as optim_adalomo
-from ..optim import gram
+from ..optim import gram, sharding
 
 
 class _Table:
@@ -26,7 +27,7 @@ class _Table:
 
     def weights(self, device, decay_rate):
         if self._table is None:
-            self._table = torch.empty(LAST_STEP)
+            self._table = torch.empty(LAST_STEP, device=device)
         return self._table
 
 
@@ -46,6 +47,15 @@ def _mixes_unless_fake(mixes):
     return call
 
 
+def _on_real_tensors(run):
+    @functools.wraps(run)
+    def call(*args):
+        with unset_fake_temporarily():
+            return run(*args)
+
+    return call
+
+
 @contextlib.contextmanager
 def fake_step(device="cuda"):
     """FakeTensorMode in which this package's optimizers take their steps.
@@ -58,6 +68,8 @@ def fake_step(device="cuda"):
     patches = [
         # The host would look at a number that there is not.
         (gram.Cancellation, "note", _note_unless_fake(gram.Cancellation.note)),
+        # torch computes with tensors where a part begins, and looks at them.
+        (sharding, "_offset", _on_real_tensors(sharding._offset)),
         (optim_adalomo, "adalomo_weights", table.weights),
         (ops_adalomo, "adalomo_weights", table.weights),
     ]

@@ -3,7 +3,6 @@
 import torch
 
 from .. import optim
-from .sharded import Release
 
 RELEASING = optim.OPTIMIZERS  # gradients are used in backward
 OPTIMIZERS = (*RELEASING, "sgd", "sgd-master", "adamw", "adamw-master")
@@ -39,10 +38,10 @@ class MasterCopy(torch.optim.Optimizer):
                 param.copy_(master)
 
 
-def make(name, model, sharded, options):
+def make(name, model, options):
     """-> (optimizer, step), where `step(loss)` is a step of training after the forward."""
     if (releasing := RELEASING.get(name)) is not None:
-        optimizer = Release(model.parameters()) if sharded else releasing(model, **options)
+        optimizer = releasing(model, **options)
 
         def releasing_step(loss):
             optimizer.backward(loss)

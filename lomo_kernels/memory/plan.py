@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 
 from ..integrations import huggingface
+from ..integrations.sharding import UNITS
 from . import report
 from .optimizers import OPTIMIZERS, RELEASING
 from .predict import Job, largest, parameters, predict
@@ -22,8 +23,9 @@ class Plan:
     peak: bytes alive at the worst moment of a step whose states exist. place: where that is.
     at_peak: bytes of each category at that moment. maxima: the most of each category at any moment.
     margin: device_memory - peak, None where no device memory was given. fits: whether it is >= 0.
+    host_peak, host_at_peak: the same of host memory, where parameters live there, else None.
     largest_batch, largest_sequence: the most that fit, the other being as it is; None where they
-    were not asked for. notes: what the plan does not know.
+    were not asked for.
     """
 
     model: str
@@ -33,7 +35,6 @@ class Plan:
     device_memory: int | None
     largest_batch: int | None = None
     largest_sequence: int | None = None
-    notes: tuple = ()
 
     @property
     def peak(self):
@@ -52,6 +53,16 @@ class Plan:
         return dict(self.summary.maxima)
 
     @property
+    def host_peak(self):
+        host = self.summary.host
+        return None if host is None else host.peak.total
+
+    @property
+    def host_at_peak(self):
+        host = self.summary.host
+        return None if host is None else dict(host.peak.parts)
+
+    @property
     def margin(self):
         return None if self.device_memory is None else self.device_memory - self.peak
 
@@ -61,10 +72,12 @@ class Plan:
 
     def verdict(self):
         """One sentence: whether it fits, by how much, and what would."""
-        if self.device_memory is None:
-            return f"needs {report.size(self.peak)} on each device"
-        text = f"{report.size(abs(self.margin))} of {report.size(self.device_memory)}"
-        text = f"fits, {text} to spare" if self.fits else f"does not fit: {text} missing"
+        text = f"needs {report.size(self.peak)} on each device"
+        if self.device_memory is not None:
+            text = f"{report.size(abs(self.margin))} of {report.size(self.device_memory)}"
+            text = f"fits, {text} to spare" if self.fits else f"does not fit: {text} missing"
+        if self.host_peak is not None:
+            text += f"; {report.size(self.host_peak)} of host memory for each device"
         for name, most in (("batch", self.largest_batch), ("sequence", self.largest_sequence)):
             if most is not None:
                 text += f"; largest {name} {most}" if most else f"; no {name} fits"
@@ -83,11 +96,10 @@ class Plan:
             "fits": self.fits,
             "largest_batch": self.largest_batch,
             "largest_sequence": self.largest_sequence,
-            "notes": list(self.notes),
         }
 
     def __str__(self):
-        return "\n".join([report.text(self.summary), self.verdict(), *self.notes])
+        return "\n".join([report.text(self.summary), self.verdict()])
 
     def plot(self, path):
         """Draws the categories at the peak as a bar into an image file; needs matplotlib."""
@@ -108,6 +120,8 @@ def plan(
     attention=None,
     devices=1,
     sharding=None,
+    units="layer",
+    offload=None,
     device="cuda",
     device_memory=None,
     search=None,
@@ -131,8 +145,11 @@ def plan(
         checkpointing: None, "non_reentrant" or "reentrant".
         attention: "eager", "sdpa" or another of transformers'; None: its choice.
         devices, sharding: "fsdp2" or "zero3": parameters, gradients and states are shared by so
-            many devices, FSDP2 with a unit for each layer. None: "none" for one device, else
-            "fsdp2".
+            many devices, by `fully_shard`, of which only this one exists. None: "none" for one
+            device without offload, else "fsdp2". "zero3", of torch's optimizers alone, is planned
+            in the same way: DeepSpeed's own buffers are not known.
+        units: "layer" or "fine", as in `integrations.sharding.shard`.
+        offload: "cpu": parameters, gradients and states live in host memory, planned apart.
         device: "cuda", or "cpu", where products of 16-bit factors need copies in fp32.
         device_memory: bytes, or a text such as "24GiB" or "24GB".
         search: "batch" or "sequence": also find the largest that fits into it.
@@ -154,11 +171,18 @@ def plan(
     for name, value in (("batch", batch), ("sequence", sequence), ("devices", devices)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    _one_of("units", units, UNITS)
+    _one_of("offload", offload, (None, "cpu"))
     if sharding is None:
-        sharding = "none" if devices == 1 else "fsdp2"
+        sharding = "none" if devices == 1 and offload is None else "fsdp2"
     _one_of("sharding", sharding, SHARDING)
-    if devices == 1 and sharding != "none":
+    if devices == 1 and sharding != "none" and offload is None:
         raise ValueError(f"sharding {sharding!r} needs devices of at least 2, got 1")
+    if sharding == "zero3" and optimizer in RELEASING:
+        raise ValueError(f"{optimizer} trains no parameters of DeepSpeed: take sharding 'fsdp2'")
+    for name, value, default in (("units", units, "layer"), ("offload", offload, None)):
+        if sharding == "none" and value != default:
+            raise ValueError(f"{name} {value!r} needs sharding 'fsdp2', got 'none'")
     memory = None if device_memory is None else byte_count(device_memory)
     if search and memory is None:
         raise ValueError("the search for what fits needs device_memory, got none")
@@ -166,18 +190,9 @@ def plan(
     options = {}
     if optimizer in RELEASING:
         options = {"clip_grad_norm": clip_grad_norm, "strategy": strategy, "rounding": rounding}
-    shards, notes = 1 if sharding == "none" else devices, []
-    if shards > 1 and optimizer in RELEASING:
-        if optimizer == "adalomo":
-            raise ValueError("a plan for adalomo with sharded parameters cannot be made yet")
-        options = {}
-        notes.append(
-            "Lomo does not train sharded models yet; this is a step that frees each gradient after "
-            "its reduce-scatter, without a norm of all of them"
-        )
     job = Job(
-        optimizer, dtype, batch, sequence, checkpointing, attention, device, shards,
-        tuple(options.items()),
+        optimizer, dtype, batch, sequence, checkpointing, attention, device,
+        1 if sharding == "none" else devices, units, offload, tuple(options.items()),
     )  # fmt: skip
     summary = predict(config, job, progress)
     most = {}
@@ -189,7 +204,7 @@ def plan(
 
         most = {f"largest_{search}": largest(search, job, needs, memory)}
     name = model if isinstance(model, str) else getattr(config, "model_type", "model")
-    return Plan(str(name), job, parameters(config), summary, memory, notes=tuple(notes), **most)
+    return Plan(str(name), job, parameters(config), summary, memory, **most)
 
 
 def _one_of(name, value, known):

@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..integrations import huggingface
+from ..integrations.sharding import shard
 from ..optim.choosing import Waits, chosen, default_budget
 from . import optimizers, sharded
 from .fake import fake_step
 from .recorder import Recorder
-from .timeline import extended, layer_regions, summarise, whole
+from .timeline import extended, layer_regions, summarise
 
 TRACED = 3  # and one more: see Note [More layers]
 
@@ -27,7 +28,13 @@ class Job:
     attention: str | None = None
     device: str = "cuda"
     shards: int = 1
+    units: str = "layer"
+    offload: str | None = None
     options: tuple = ()  # (name, value) of the optimizer
+
+    @property
+    def is_sharded(self):
+        return self.shards > 1 or self.offload is not None
 
     @property
     def chooses(self):
@@ -42,7 +49,7 @@ def predict(config, job, progress=lambda text: None):
     layers = huggingface.layers_of(config)
     if layers is None or not _alike(config, layers):
         progress("tracing the whole model")
-        return whole(traced(config, job, layers or 0).values())
+        return _together([traced(config, job, layers or 0)])
 
     def regions(count, **options):
         progress(f"tracing {count} of {layers} layers")
@@ -55,15 +62,22 @@ def predict(config, job, progress=lambda text: None):
         options["factor_budget"] = 1 << 62
     if wait is None or wait.strategy != "partial" or wait.everything:
         if layers <= TRACED + 1:
-            return whole(regions(layers, **options).values())
+            return _together([regions(layers, **options)])
         counts = TRACED, TRACED + 1
-        return extended([regions(n, **options) for n in counts], layers - TRACED)
+        return _together([regions(n, **options) for n in counts], layers - TRACED)
     kept = wait.kept_layers
     if not 2 <= kept <= layers - 4:
-        return whole(regions(layers, **options).values())
+        return _together([regions(layers, **options)])
     pairs = (5, 2), (6, 2), (6, 3)
     traces = [regions(n, **options, factor_budget=wait.budget(n, k)) for n, k in pairs]
-    return extended(traces, layers - 5, kept - 2)
+    return _together(traces, layers - 5, kept - 2)
+
+
+def _together(traces, *steps):
+    """`extended`, of the device and of the host."""
+    device, host = zip(*traces)
+    found = extended(device, *steps)
+    return found if host[0] is None else replace(found, host=extended(host, *steps))
 
 
 @dataclass(frozen=True)
@@ -93,7 +107,11 @@ class _Wait:
         every = [each._replace(key=i) for i, each in enumerate(every)]
         options = dict(job.options)
         if (budget := options.get("factor_budget")) is None:
-            budget = default_budget(parameters(config) * getattr(torch, job.dtype).itemsize)
+            size = parameters(config) * getattr(torch, job.dtype).itemsize
+            if job.is_sharded:  # what would wait is each parameter's part
+                size = others + sum(each.nbytes for each in every)
+                size += vectors + (layers - 1) * layer
+            budget = default_budget(size)
         small = vectors + (layers - 1) * layer
         choice = chosen(
             options.get("strategy", "auto"),
@@ -128,37 +146,51 @@ def _has_number(name):
     return any(part.isdigit() for part in name.split("."))
 
 
+@contextlib.contextmanager
+def _fake_model(config, job):
+    """-> (a model without values, sharded as the job says; the device where it runs)."""
+    device = sharded.HOST if job.offload is None else sharded.BESIDE_HOST
+    with contextlib.ExitStack() as stack:
+        enter, mesh = stack.enter_context, None
+        if job.is_sharded:
+            mesh = enter(sharded.fake_devices(job.shards, device))
+        enter(fake_step(job.device))
+        enter(huggingface.without_values())
+        with device:
+            model = model_of(config, job)
+        yield model if mesh is None else sharded_as(job, model, mesh), device
+
+
 def _would_wait(config, job):
-    with fake_step(job.device), huggingface.without_values():
-        model = model_of(config, job)
-        optimizer, _ = optimizers.make(job.optimizer, model, False, dict(job.options))
-        loss_of(model, job)
+    with _fake_model(config, job) as (model, device):
+        optimizer, _ = optimizers.make(job.optimizer, model, dict(job.options))
+        loss_of(model, job, device)
         return optimizer.would_wait()
 
 
 def traced(config, job, layers):
-    """Summaries of the regions of the step, by Note [More layers]."""
-    with contextlib.ExitStack() as stack:
-        mesh = None
-        if job.shards > 1:
-            mesh = stack.enter_context(sharded.fake_devices(job.shards))
-        stack.enter_context(fake_step(job.device))
-        stack.enter_context(huggingface.without_values())
-        model = model_of(config, job)
-        if mesh is not None:
-            sharded.shard(model, mesh)
-        return summarise(record(model, job), layer_regions(layers))
+    """Summaries of the regions of the step, by Note [More layers], on the device and, None without
+    offload, in host memory."""
+    regions = layer_regions(layers)
+    with _fake_model(config, job) as (model, device):
+        recorder = record(model, job, device)
+        host = None if job.offload is None else summarise(recorder, regions, "host")
+        return summarise(recorder, regions), host
 
 
-def record(model, job):
+def record(model, job, device=None):
     """The Recorder of a step of a model, fake or real, that begins with its states in place."""
-    optimizer, step = optimizers.make(job.optimizer, model, job.shards > 1, dict(job.options))
+    optimizer, step = optimizers.make(job.optimizer, model, dict(job.options))
     while True:
         had_states = bool(optimizer.state)
-        with Recorder(model, optimizer) as recorder:
-            step(loss_of(model, job))
+        with Recorder(model, optimizer, device) as recorder:
+            step(loss_of(model, job, device))
         if had_states or not optimizer.state:
             return recorder
+
+
+def sharded_as(job, model, mesh):
+    return shard(model, mesh, units=job.units, offload=job.offload is not None)
 
 
 def model_of(config, job):
@@ -166,8 +198,8 @@ def model_of(config, job):
     return huggingface.from_config(config, dtype, job.checkpointing, job.attention)
 
 
-def loss_of(model, job):
-    device = next(model.parameters()).device
+def loss_of(model, job, device=None):
+    device = device or next(model.parameters()).device
     tokens = torch.zeros(job.batch, job.sequence, dtype=torch.long, device=device)
     return model(input_ids=tokens, labels=tokens).loss
 

@@ -10,7 +10,11 @@ states      it is in `optimizer.state` after a step
 activations made by forward, the loss included, or by a recomputation of forward in backward; a
             factor that forward made stays here while it waits
 other       the rest: gradients of activations, temporaries of backward and of the step, buffers,
-            the batch, and with FSDP the parameters gathered from other devices
+            the batch; with FSDP all that is of whole units: parameters gathered, gradients before
+            their reduction, and the buffers of both messages
+
+Of sharded parameters the first three are this device's parts, the reduced gradients among them.
+Where they live in host memory (CPUOffloadPolicy), storages there are counted apart.
 
 A gradient is nothing special until backward has formed it, so categories are given afterwards: the
 log keeps appearances and disappearances, and is read when the step is over. That, the maximum of
@@ -26,6 +30,7 @@ from typing import NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
+from ..optim.sharding import is_sharded
 from ..optim.watching import observes, unwatched
 
 CATEGORIES = ("parameters", "gradients", "states", "activations", "other")
@@ -44,14 +49,18 @@ class Place(NamedTuple):
 
 
 class Recorder(TorchDispatchMode):
-    """The log of one step, between `__enter__` and `__exit__`; see Note [Categories]."""
+    """The log of one step, between `__enter__` and `__exit__`; see Note [Categories].
 
-    def __init__(self, module, optimizer=None):
+    `device`: where the step runs, if neither the parameters nor their mesh tell.
+    """
+
+    def __init__(self, module, optimizer=None, device=None):
         super().__init__()
         self._module, self._optimizer = module, optimizer
         self._ids = {}  # of the storages alive: address of the C++ object -> index
         self._references = {}
         self.sizes, self.categories = [], []
+        self.homes = []  # "device"; "host" where that is apart; None: it is not counted
         self.log = []  # (index, bytes that came or went, index into places)
         self.places = []
         self._known_places = {}
@@ -61,8 +70,9 @@ class Recorder(TorchDispatchMode):
         self._last_node_module = ""
         self._backwards, self._was_backward = 0, False
         self._handles = []
-        first = next(module.parameters(), None)
-        self._device = torch.device("cpu") if first is None else first.device
+        first = next(module.parameters(), torch.empty(0))
+        self._device = device or _device_of(first)
+        self._home_of = {first.device: "host", self._device: "device"}
 
     @unwatched
     def __enter__(self):
@@ -94,7 +104,8 @@ class Recorder(TorchDispatchMode):
         for value in _tensors((args, (kwargs or {}).values())):
             self._see(value, "gathered" if gathers else None)
         result = function(*args, **(kwargs or {}))
-        made = "activations" if self._forward_runs() and not gathers else "other"
+        crosses = function is torch.ops.aten._to_copy.default and args[0].device != result.device
+        made = "activations" if self._forward_runs() and not gathers | crosses else "other"
         for value in _tensors((result,)):
             self._see(value, made)
         return result
@@ -167,22 +178,28 @@ class Recorder(TorchDispatchMode):
         if is_traceable_wrapper_subclass(tensor):
             for part in _tensors(getattr(tensor, n) for n in tensor.__tensor_flatten__()[0]):
                 self._see(part, category)
-        elif tensor.layout is torch.strided and tensor.device == self._device:
-            self._see_storage(tensor.untyped_storage(), category)
+        elif tensor.layout is torch.strided and tensor.device in self._home_of:
+            self._see_storage(tensor.untyped_storage(), category, self._home_of[tensor.device])
 
-    def _see_storage(self, storage, category):
+    def _see_storage(self, storage, category, home):
         key, size = storage._cdata, self._bytes(storage)
+        if key in self._ids and self._references[key]() is not storage:
+            self._gone(key)  # another thread has freed it, and its address is in use again
         index = self._ids.get(key)
         if index is None:
+            if category is None and torch._C._current_graph_task_id() != -1:
+                home = None  # no operator made it: a library's own, as gloo's copy of a message
             index = self._ids[key] = len(self.sizes)
             self.sizes.append(size)
             self.categories.append(category if category in CATEGORIES else "other")
+            self.homes.append(home)
             self._references[key] = weakref.ref(storage, lambda _: self._gone(key))
             self._note(index, size, outside=category is None)
             return
         self._note_size(index, size)
         current = self.categories[index]
         if category in ("parameters", "gradients", "states"):
+            self.homes[index] = home
             # A factor that forward made is an activation still; a parameter stays one.
             if current == "other" or (current == "activations" and category != "gradients"):
                 self.categories[index] = category
@@ -197,7 +214,7 @@ class Recorder(TorchDispatchMode):
     def _resized(self, storage, size):
         result = super(torch.UntypedStorage, storage).resize_(size)
         if storage.device in (self._device, torch.device("meta")):  # fake ones are on meta
-            self._see_storage(storage, "gathered")
+            self._see_storage(storage, "gathered", "device")
         return result
 
     def _gone(self, key):
@@ -240,6 +257,14 @@ class Recorder(TorchDispatchMode):
         if self._in_step or not torch.is_grad_enabled():
             return "step", ""
         return "forward", ""
+
+
+def _device_of(param):
+    """Where a parameter is used: offloaded ones live elsewhere."""
+    kind = param.device_mesh.device_type if is_sharded(param) else param.device.type
+    if kind == param.device.type:
+        return param.device
+    return torch.device(kind, torch.get_device_module(kind).current_device())
 
 
 def _tensors(values):

@@ -19,10 +19,12 @@ class Peak:
 
 @dataclass(frozen=True)
 class Summary:
-    """`peak`: the moment with most bytes alive. `maxima`: the most of each category at any time."""
+    """`peak`: the moment with most bytes alive. `maxima`: the most of each category at any time.
+    `host`: the same of host memory, where parameters live there."""
 
     peak: Peak
     maxima: dict
+    host: "Summary | None" = None
 
     def to_dict(self):
         return {
@@ -30,25 +32,28 @@ class Summary:
             "peak_place": str(self.peak.place),
             "at_peak_bytes": dict(self.peak.parts),
             "maxima_bytes": dict(self.maxima),
+            **({} if self.host is None else {"host": self.host.to_dict()}),
         }
 
 
-def moments(recorder):
-    """(place, bytes of each category) after every event; the dict is the same one all the time."""
+def moments(recorder, home="device"):
+    """(place, bytes of each category) after every event on the device, or in the memory of the
+    "host"; the dict is the same one all the time."""
     alive = dict.fromkeys(CATEGORIES, 0)
     for index, size, place in recorder.log:
-        alive[recorder.categories[index]] += size
-        yield recorder.places[place], alive
+        if recorder.homes[index] == home:
+            alive[recorder.categories[index]] += size
+            yield recorder.places[place], alive
 
 
-def summarise(recorder, region=lambda place: ((),)):
+def summarise(recorder, region=lambda place: ((),), home="device"):
     """A Summary of each region of the step; `region(place)` gives the keys of those it is in."""
-    total, peaks, maxima, keys = 0, {}, {}, {}
-    for (_, size, number), (place, alive) in zip(recorder.log, moments(recorder)):
-        total += size
-        if number not in keys:
-            keys[number] = region(place)
-        for key in keys[number]:
+    peaks, maxima, keys = {}, {}, {}
+    for place, alive in moments(recorder, home):
+        total = sum(alive.values())
+        if place not in keys:
+            keys[place] = region(place)
+        for key in keys[place]:
             if key not in peaks or total > peaks[key][0]:
                 peaks[key] = total, Peak(dict(alive), place)
             most = maxima.setdefault(key, dict.fromkeys(CATEGORIES, 0))

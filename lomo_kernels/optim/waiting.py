@@ -17,6 +17,8 @@ class Waiting(dict):
 
     def add(self, param, grad):
         grad = grad.detach() if grad.requires_grad else grad
+        if param.ndim < 2 and grad.untyped_storage().nbytes() > grad.nbytes:
+            grad = grad.clone()  # of FSDP2 it is a view, and would keep the buffer of a whole unit
         gradient = self.get(id(param))
         if gradient is None:
             self[id(param)] = Gradient(param, grad)
