@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ..ops import factors as products
+from .sharding import local
 
 
 class Factors(NamedTuple):
@@ -41,11 +42,21 @@ def _kept(tensor):
 
 
 class Piece(NamedTuple):
-    """Consecutive elements of a parameter with their gradient: what one update works on."""
+    """Consecutive elements of a parameter with their gradient: what one update works on.
+
+    Of a sharded parameter it is this rank's part, and `first` the number of that part's first
+    element in the whole parameter.
+    """
 
     param: torch.Tensor
     grad: torch.Tensor
     rows: slice | None = None  # None: the whole parameter
+    first: int = 0
+
+    @property
+    def tensor(self):
+        """The elements of the parameter."""
+        return self.of(local(self.param))
 
     def of(self, tensor):
         """The same elements of a tensor that has the parameter's shape; None of None."""
@@ -54,7 +65,7 @@ class Piece(NamedTuple):
     @property
     def offset(self):
         """Index of the first element in the parameter."""
-        return 0 if self.rows is None else self.rows.start * self.param.shape[1]
+        return self.first if self.rows is None else self.rows.start * self.param.shape[1]
 
 
 class Gradient:

@@ -99,7 +99,7 @@ class Lomo(FusedOptimizer):
     def update(self, pieces, group, numbers, scalars):
         kept = [self.rounding_of(piece.param, group) for piece in pieces]
         ops.lomo_update_(
-            [piece.of(piece.param) for piece in pieces],
+            [piece.tensor for piece in pieces],
             [piece.grad for piece in pieces],
             lr=group["lr"],
             weight_decay=group["weight_decay"],

@@ -14,11 +14,46 @@ logger = logging.getLogger("lomo_kernels")
 
 _DDP = (
     "a model in DistributedDataParallel cannot release gradients in backward: hooks run before its "
-    "all-reduce; give the model itself and train on one device"
+    "all-reduce; shard the model itself with torch.distributed.fsdp.fully_shard, and make the "
+    "optimizer afterwards"
 )
 _FSDP1 = (
     "a model in FullyShardedDataParallel (FSDP1) cannot release gradients in backward: hooks run "
-    "before its reduction; train on one device"
+    "before its reduction; use torch.distributed.fsdp.fully_shard (FSDP2), and make the optimizer "
+    "afterwards"
+)
+_DEEPSPEED = (
+    "belongs to DeepSpeed's ZeRO, which keeps gradients in buffers of its own: use "
+    "torch.distributed.fsdp.fully_shard in its place, and make the optimizer afterwards"
+)
+PARTIAL = (
+    "{name} or its gradient has the placement {placement}, a reduction over ranks that is still to "
+    "be done and is no sum: redistribute it to Shard or Replicate in the model"
+)
+COLUMNS = (
+    "{name} has the placements {placements}, but the rule needs whole rows of a weight: shard its "
+    "first dimension (Shard(0)), or take Lomo"
+)
+OLD_OFFLOAD = (
+    "with torch {version} offloaded parameters get gradients in hooks whose copy to the host has "
+    "not ended (pytorch#180666): use torch 2.13 or newer, or no CPUOffloadPolicy"
+)
+IGNORED = (
+    "{name} is trained, but fully_shard leaves it alone (ignored_params), so that each rank would "
+    "train its own: shard it too, or freeze it"
+)
+UNKNOWN_LEAVES = (
+    "strategy='partial' limits its second backward to parameters that fully_shard gathers, and "
+    "these are known only where the optimizer is made from the module, and each module that has a "
+    "parameter runs its forward: pass the module, or take strategy='two_backward'"
+)
+FOREIGN_LEAVES = (
+    "the loss depends on tensors that are not the optimizer's, and two backwards would give them "
+    "their gradients twice: make the optimizer from the module, or take strategy='one_backward'"
+)
+REPLACED_LATE = (
+    "the parameters of the optimizer were replaced after its first step: make a new optimizer, and "
+    "load its state_dict"
 )
 
 
@@ -32,11 +67,12 @@ def refuse_wrapper(model):
         raise TypeError(_FSDP1)
 
 
-def refuse_sharded(param, name):
-    if type(param).__module__.startswith("torch.distributed.tensor"):
-        raise TypeError(f"{name} is sharded ({type(param).__name__}): not supported yet")
-    if getattr(param, "_is_flat_param", False):
+def refuse_engine(param, name):
+    """Refuses parameters of engines that reduce gradients in a way no hook can follow."""
+    if getattr(param, "_is_flat_param", False) or hasattr(param, "_fsdp_flattened"):
         raise TypeError(f"{name} is flattened: {_FSDP1}")
+    if hasattr(param, "ds_id"):
+        raise TypeError(f"{name} {_DEEPSPEED}")
 
 
 def refuse_ddp(params):
@@ -102,12 +138,16 @@ def refuse_replaced(module, names, known):
     not among the ids in `known`."""
     now = dict(module.named_parameters(remove_duplicate=False)) if names else {}
     names = [name for name in names if name in now and id(now[name]) not in known]
-    if names:
-        raise RuntimeError(
-            f"{', '.join(names[:3])} of the model was replaced by another parameter after the "
-            "optimizer was made (load_state_dict(assign=True), resizing or wrapping does this), "
-            "and is not trained: make the optimizer afterwards"
-        )
+    if not names:
+        return
+    what, way = "load_state_dict(assign=True), resizing or wrapping does this", "afterwards"
+    if hasattr(now[names[0]], "placements"):
+        what = "fully_shard does this, and accelerator.prepare(model) without the optimizer"
+        way = "after fully_shard, or call accelerator.prepare(model, optimizer)"
+    raise RuntimeError(
+        f"{', '.join(names[:3])} of the model was replaced by another parameter after the "
+        f"optimizer was made ({what}), and is not trained: make the optimizer {way}"
+    )
 
 
 def explained(error):
@@ -135,7 +175,13 @@ _COMPILERS = tuple(
     )
 )  # fmt: skip
 
+_FSDP2 = os.path.join(_TORCH, "distributed", "fsdp") + os.sep
 _TRAINERS = "_has_mixed_mesh_grads"  # a function of transformers' Trainer
+
+
+def is_engine(frame):
+    """Whether it is FSDP2, which puts each reduced gradient into `.grad` and calls the hook."""
+    return frame.f_code.co_filename.startswith(_FSDP2)
 
 
 class Reader:
@@ -149,7 +195,9 @@ class Reader:
         # zero_grad() of modules and optimizers looks before it drops
         self.drops = self._of_torch and code.co_name == "zero_grad"
         # A compiler looks whether there is one; Trainer looks of which kind they are.
-        self.needs_none = self.file.startswith(_COMPILERS) or code.co_name == _TRAINERS
+        self.needs_none = (
+            self.file.startswith(_COMPILERS) or code.co_name == _TRAINERS or is_engine(frame)
+        )
         self.clips = self._of_torch and inside.endswith("clip_grad.py")
         self.scales = self._of_torch and inside.endswith("grad_scaler.py")
         # Another optimizer of torch would miss an update; the rest of torch moves and copies.

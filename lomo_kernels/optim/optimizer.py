@@ -4,12 +4,12 @@ import contextlib
 import logging
 import math
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 
 import torch
 
 from .. import ops
-from . import notices
+from . import notices, sharding
 from .arguments import check_group, check_strategy, positive_or_none
 from .choosing import Choice, Waits, chosen, default_budget
 from .gram import Cancellation
@@ -22,16 +22,26 @@ from .watching import Watch, unwatched
 logger = logging.getLogger("lomo_kernels")
 
 
+class _State(defaultdict):
+    """The state of all parameters. It is never false: where torch.distributed.checkpoint finds no
+    state it makes a step of gradients that are zero, to have some."""
+
+    def __bool__(self):
+        return True
+
+
 class FusedOptimizer(torch.optim.Optimizer):
     """A torch optimizer whose updates happen inside backward, one parameter at a time.
 
     A subclass is a rule: `update(pieces, group, numbers, scalars)`, with pieces (gradient.py) of
     parameters of one group, device and dtype, the numbers of these parameters, and the scalars
     inv_scale, clip_coef, found_inf and skip, one-element tensors on the device or None.
-    What becomes of a gradient: step.py, Note [Fates].
+    What becomes of a gradient: step.py, Note [Fates]. Sharded parameters: sharding.py, Note
+    [Shards].
     """
 
     whole_gradients = False  # whether an update needs each gradient in one piece
+    whole_rows = False  # whether a sharded parameter must be cut along its first dimension
     must_scale = True  # whether a bare loss.backward() is a mistake where a scale was asked for
     dtypes = (*ops.DTYPES, torch.float64)
     gather_norm = False  # lomo_optim's loops read it
@@ -53,6 +63,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.backend_name = backend
         self.numbers, self.group_of = {}, {}  # id(param) -> its number; index of its group
         self._names, self._module = {}, lambda: None
+        self.ranks = self._leaves = None  # where a parameter is sharded
         self._holding = self._announced = self._taken_over = False
         self._watch = Watch(self)
         self.told = notices.Told()
@@ -68,12 +79,28 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._names = {id(p): name for name, p in model_or_params.named_parameters()}
             model_or_params = model_or_params.parameters()
         super().__init__(model_or_params, {**defaults, "step": 0})
+        self.state = _State(dict)
+        self._look_for_shards()
         self.scalars = self._new_scalars()
         self._step = self._new_step()
         self._scaling()
         self._ready = self._attached = True
         self._attach()
         weakref.finalize(self, self._watch.release).atexit = False
+
+    def _look_for_shards(self):
+        params = list(unwatched(self._params)())
+        if not any(map(sharding.is_sharded, params)):
+            return
+        for param in sharding.ignored({id(p): p for p in params}):
+            raise TypeError(notices.IGNORED.format(name=self.name_of(param)))
+        self.ranks = sharding.Ranks(params, self.name_of)
+        if self._leaves is not None:
+            self._leaves.remove()
+            self._leaves = None
+        if (module := self._module()) is not None:
+            self._leaves = sharding.Leaves(module, params)
+            weakref.finalize(self, self._leaves.remove).atexit = False
 
     # -- torch.optim.Optimizer ---------------------------------------------------------------------
 
@@ -89,14 +116,46 @@ class FusedOptimizer(torch.optim.Optimizer):
         for param in group["params"]:
             self.group_of[id(param)] = len(self.param_groups) - 1
             self.numbers[id(param)] = len(self.numbers)
-        if self._ready and self._attached:
+        if self._ready:
+            self._begin_again()
+
+    def _begin_again(self):
+        """After a change of the parameters between two steps."""
+        self._look_for_shards()
+        self.scalars.ranks = self.ranks
+        self._step = self._new_step()
+        if self._attached:
             self._attach()
+
+    @unwatched
+    def _adopt(self):
+        """Takes the parameters that others (accelerate) have put in the place of ours."""
+        params = list(self._params())
+        if all(id(p) in self.numbers for p in params):
+            return
+        started = any(group["step"] for group in self.param_groups) or not self._step.is_empty
+        if started or len(params) != len(self.numbers):
+            raise RuntimeError(notices.REPLACED_LATE)
+        self.state.clear()
+        names = {number: self._names.get(key) for key, number in self.numbers.items()}
+        self._watch.release()
+        self.numbers, self.group_of, self._names = {}, {}, {}
+        for index, group in enumerate(self.param_groups):
+            for param in group["params"]:
+                self.group_of[id(param)] = index
+                self.numbers[id(param)] = number = len(self.numbers)
+                if names[number] is not None:
+                    self._names[id(param)] = names[number]
+            self._check_group(group)
+        self._begin_again()
+        logger.info("the parameters were replaced: the optimizer trains the new ones")
 
     def _check_group(self, group):
         check_group(group)
         for param in group["params"]:
             name = self._names.get(id(param), "a parameter")
-            notices.refuse_sharded(param, name)
+            notices.refuse_engine(param, name)
+            sharding.check(param, name, self.whole_rows)
             if param.requires_grad and param.dtype not in self.dtypes:
                 known = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
                 raise TypeError(f"{name} must be one of {known}, got {param.dtype}")
@@ -122,6 +181,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @unwatched
     def _finish(self):
+        self._adopt()
         accumulated = [p for p in self._params() if p.grad is not None]
         if self._step.is_empty and not accumulated:
             self._no_gradient()
@@ -131,6 +191,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._attach()  # parameters that were frozen until now
         used = self._step.used
         self._close()
+        if self._leaves is not None:
+            self._leaves.close()
         self._watch.usage.clear()
         if used and len(used) != self._arrived and self._attached:
             self._arrived = len(used)
@@ -150,16 +212,22 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self.needs_norm and not step.is_decided:
             self._compare_with_budget(last=True)
         for param in accumulated:
-            grad, param.grad = param.grad, None
+            grad = self._taken(param)
             waits = self.needs_norm or id(param) in step.waiting
             step.take(param, grad, Fate.WAIT if waits else Fate.APPLY)
         if self.needs_norm and not step.is_decided:
             self._decide()
         step.apply_all()
 
+    def _taken(self, param):
+        """`.grad`, out of the parameter; of a sharded one this rank's part."""
+        grad, param.grad = param.grad, None
+        return grad if self.ranks is None else sharding.local_gradient(grad, param, self.name_of)
+
     @unwatched
     def zero_grad(self, set_to_none=True):
         """Drops gradients that wait or were accumulated. Updates made in backward stay."""
+        self._adopt()
         if self._step.wrote:
             self.told.cannot_take_back()
         dropped = self._step.waiting or any(p.grad is not None for p in self._params())
@@ -177,27 +245,61 @@ class FusedOptimizer(torch.optim.Optimizer):
             and all(p.grad is None for p in unwatched(self._params)())
         )
 
+    @unwatched
     def state_dict(self):
-        """As torch; with dynamic loss scaling also `loss_scale`, for which the device is asked."""
+        """As torch; with dynamic loss scaling also `loss_scale`, for which the device is asked.
+
+        State is whole before the first step, too, and that of a sharded parameter is sharded alike
+        (DTensor), so that `torch.distributed.checkpoint` saves it and loads it on another number of
+        ranks. The low halves of rounding "split" are given as bfloat16, a view of their bits, as no
+        collective moves int16.
+        """
+        self._adopt()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.requires_grad:
+                    self.make_state(param, group)
         state = super().state_dict()
+        for index, param in enumerate(self._params()):
+            if param in self.state:
+                state["state"][index] = {
+                    name: self._saved(name, value, param)
+                    for name, value in self.state[param].items()
+                }
         if isinstance(self._scaling(), LossScale):
             state["loss_scale"] = self.scalars.state()
+            for group in state["param_groups"]:  # torch.distributed.checkpoint keeps these alone
+                group["loss_scale"] = dict(state["loss_scale"])
         return state
 
+    def _saved(self, name, value, param):
+        if name == "low":
+            value = value.view(torch.bfloat16)
+        return sharding.like(value, param) if self._is_cut(name, param) else value
+
+    def _is_cut(self, name, param):
+        """Whether a state has the parts that its parameter has."""
+        return name == "low"
+
+    @unwatched
     def load_state_dict(self, state_dict):
         """As torch, but state keeps its dtype: torch would cast it to the parameter's."""
+        self._adopt()
         super().load_state_dict(state_dict)
-        if isinstance(self._scaling(), LossScale) and "loss_scale" in state_dict:
-            saved = state_dict["loss_scale"]
+        in_groups = [group.pop("loss_scale", None) for group in self.param_groups]
+        saved = state_dict.get("loss_scale", in_groups[0])
+        if isinstance(self._scaling(), LossScale) and saved is not None:
             self.scalars.set(saved["grad_scale"], saved["growth_tracker"], saved["stuck"])
         indices = [i for group in state_dict["param_groups"] for i in group["params"]]
         for index, param in zip(indices, self._params()):
             for key, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, torch.Tensor):
-                    self.state[param][key] = value.to(param.device, copy=True)
+                    value = sharding.local(value).to(sharding.local(param).device, copy=True)
+                    self.state[param][key] = value.view(torch.int16) if key == "low" else value
 
     def __setstate__(self, state):
         super().__setstate__(state)
+        self.state = _State(dict, self.state)
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
@@ -253,9 +355,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 "grad_norm() cannot add to gradients that are held: run every backward of the step "
                 "under `with optimizer.accumulate():` and then step(), or call zero_grad() first"
             )
-        inputs = self._trained()
-        if keeps:  # otherwise the second backward is a whole one
-            step.others = self._foreign(loss)
+        trained = self._trained()
+        inputs = self._leaves_in(loss, keeps)
         step.measuring(keeps)
         try:
             # Only the optimizer's parameters: others would accumulate their gradients twice.
@@ -264,12 +365,29 @@ class FusedOptimizer(torch.optim.Optimizer):
             if (better := notices.explained(error)) is not None:
                 raise RuntimeError(better) from error
             raise
-        step.measured(inputs)
+        step.measured(trained)
 
-    def _foreign(self, loss):
-        """Tensors of the graph that other optimizers train, or whose gradient a user looks at."""
-        leaves = unwatched(graph_of)(loss).leaves
-        return [leaf for key, leaf in leaves.items() if key not in self.numbers]
+    def _leaves_in(self, loss, keeps):
+        """Inputs of the first of two backwards; None: all leaves of the graph. For a second one
+        that is limited (`keeps`) also the leaves that are not the optimizer's: tensors that other
+        optimizers train, or whose gradient a user looks at."""
+        trained = self._trained()
+        if self.ranks is None or (self._leaves is not None and self._leaves.know(trained)):
+            own = self._leaves_of(trained)
+            if keeps:  # otherwise the second backward is a whole one
+                ids = {id(leaf) for leaf in own} | self.numbers.keys()
+                leaves = unwatched(graph_of)(loss).leaves
+                self._step.others = [leaf for key, leaf in leaves.items() if key not in ids]
+            return own
+        if keeps:
+            raise RuntimeError(notices.UNKNOWN_LEAVES)
+        graph = unwatched(graph_of)(loss)
+        if len(graph.leaves) > len(trained):
+            raise RuntimeError(notices.FOREIGN_LEAVES)
+        return None
+
+    def _leaves_of(self, params):
+        return list(params) if self._leaves is None else self._leaves.of(params)
 
     @unwatched
     def _decide(self):
@@ -299,7 +417,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self.scale(loss).backward()
                 if self._nothing_came():
                     self._refuse_if_unreachable(loss)
-        elif inputs := step.to_come + step.others:
+        elif inputs := self._leaves_of(step.to_come) + step.others:
             with self._own_backward():
                 # Where nothing waits it is a whole one, as if there had been no first.
                 limited = inputs if step.is_partial else None
@@ -322,7 +440,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """No gradient came: fine where the graph holds the parameters, whose gradient is then
         undefined, or where a part of the graph cannot be seen."""
         trained, graph = self._trained(), graph_of(loss)
-        if not graph.repeats and not any(id(p) in graph.leaves for p in trained):
+        leaves = self._leaves_of(trained)
+        if not graph.repeats and not any(id(leaf) in graph.leaves for leaf in leaves):
             self._refuse_replaced(trained)
             notices.refuse_graph([self.name_of(p) for p in trained[:3]])
 
@@ -466,6 +585,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             operations in the order of their use; bytes of all other gradients.
         """
         trained = self._trained()
+        if self.ranks is not None:
+            return self._would_wait_sharded(trained)
         small = [Waits(id(p), self.name_of(p), p.nbytes, True) for p in trained if p.ndim < 2]
         listed = [
             Waits(id(p), self.name_of(p), nbytes, beside)
@@ -477,6 +598,18 @@ class FusedOptimizer(torch.optim.Optimizer):
             graph = graph_of(loss)
             others = [p for p in others if graph.repeats or id(p) in graph.leaves]
         return small, listed, sum(p.nbytes for p in others)
+
+    def _would_wait_sharded(self, trained):
+        """Whole gradients, reduced: each as large as the largest part that a rank has of it, so
+        that all ranks choose alike. None is listed where a backward cannot be limited."""
+        waits = {
+            id(p): Waits(id(p), self.name_of(p), self.ranks.part(p).nbytes, True) for p in trained
+        }
+        if self._leaves is None or not self._leaves.know(trained):
+            return [], [], sum(each.nbytes for each in waits.values())
+        small = [waits.pop(id(p)) for p in trained if p.ndim < 2]
+        listed = [waits.pop(key) for key in self._leaves.used() if key in waits]
+        return small, listed, sum(each.nbytes for each in waits.values())
 
     def waiting_tensors(self):
         """The gradients and factors that wait for the norm now."""
@@ -581,6 +714,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     @unwatched
     def _open_for_backward(self):
         self._refuse_if_taken_over()
+        self._adopt()
         if self._step.used:
             raise RuntimeError("the step before is not closed: call step() or zero_grad() first")
         if self._holding:
@@ -616,6 +750,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _budget(self):
         if self.factor_budget is not None:
             return self.factor_budget
+        if self.ranks is not None:
+            return default_budget(sum(self.ranks.part(p).nbytes for p in self._params()))
         return default_budget(sum(p.nbytes for p in self._params()))
 
     # -- told by the watch -------------------------------------------------------------------------
@@ -632,9 +768,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         return hidden
 
     @unwatched
-    def on_write(self, param):
+    def on_write(self, param, frame):
         """`.grad` is assigned or deleted: the gradient that waits is dropped."""
-        self._step.waiting.drop(param)
+        if not notices.is_engine(frame):
+            self._step.waiting.drop(param)
 
     def on_data(self, param, data):
         """`.data` is read (`data` is what the reader has) or assigned (None)."""
@@ -661,7 +798,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             return
         if self._holding and self._step.fate(param) is not Fate.WAIT:
             return
-        grad, param.grad = param.grad, None
+        grad = self._taken(param)
         if grad is not None:  # else its factors were taken, or nothing flowed into it
             self._step.take(param, grad)
             self._compare_with_budget()
@@ -683,6 +820,15 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # -- for rules ---------------------------------------------------------------------------------
 
+    def update_all(self, updates):
+        """The updates of what waited; a rule whose ranks exchange sums in them does so at once."""
+        for update in updates:
+            self.update(*update)
+
+    def make_state(self, param, group):
+        """Makes the state of a parameter that has none yet: zeros."""
+        self.rounding_of(param, group)
+
     def rounding_of(self, param, group):
         """How the group stores the parameter, and the int16 halves of it for "split"."""
         rounding, low = group["rounding"], None
@@ -691,9 +837,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         if rounding == "split" and param.dtype is torch.bfloat16:
             state = self.state[param]
             if "low" not in state:
-                state["low"] = torch.zeros_like(param, dtype=torch.int16)
+                state["low"] = torch.zeros_like(sharding.local(param), dtype=torch.int16)
             low = state["low"]
-            if low.shape != param.shape:
+            if low.shape != sharding.local(param).shape:
                 notices.refuse_shape(self.name_of(param), param, "low", low)
         return rounding, low
 
@@ -721,7 +867,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             scale, rule, self.backend_name,
             anchor=next(self._params()),
             must_scale=self._scale_was_asked and self.must_scale,
-            dtype=torch.float64 if wide else torch.float32,
+            dtype=torch.float64 if wide else torch.float32, ranks=self.ranks,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -731,7 +877,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             return  # a scaled loss waits for its backward
         sumsq = step.norms.tensors()
         used = bool(step.used) or step.wrote
-        step.devices = self.scalars.close(sumsq, counts=used)
+        step.devices = self.scalars.close(sumsq, counts=used, abandon=abandon)
         self._step = self._new_step()
         self.told.formed(step.formed)
         if not used:

@@ -73,10 +73,14 @@ class StepScalars:
         anchor: the parameter whose device decides.
         must_scale: whether a loss that was not scaled is a mistake.
         dtype: of the scalars: float32, or float64 where a parameter is float64.
+        ranks: the sharding.Ranks that decide together, or None.
     """
 
-    def __init__(self, scale, rule, backend, anchor, must_scale=False, dtype=torch.float32):
+    def __init__(
+        self, scale, rule, backend, anchor, must_scale=False, dtype=torch.float32, ranks=None
+    ):
         self.rule, self.dtype = rule, dtype
+        self.ranks = ranks
         self._backend, self._anchor, self._must_scale = backend, anchor, must_scale
         self._warning = SkippedWarning(rule)
         self.set(scale)
@@ -146,7 +150,7 @@ class StepScalars:
         Returns:
             The norm, a one-element tensor on the first device.
         """
-        self._decide(sumsq, max_norm, self.scaled or self.rule is None)
+        self._decide(sumsq, max_norm, self.scaled or self.rule is None, self.ranks)
         self.decided = True
         results = slice(_PLACE["clip_coef"], _PLACE["total_norm"] + 1)
         for device in self._others():
@@ -154,13 +158,15 @@ class StepScalars:
             device.clip_coef = None if max_norm is None else device._clip_coef
         return self._first.total_norm
 
-    def close(self, sumsq=(), counts=True):
+    def close(self, sumsq=(), counts=True, abandon=False):
         """Ends the step: decides its norm and flags, unless that is done, and the next loss scale.
 
         Args:
             sumsq: tensors of squared norms, where they are for the total norm alone.
             counts: False: the step used no gradient, so the scale stays, unless a norm has decided:
                 loops that leave out the update after an overflow need the scale to fall.
+            abandon: the step is dropped, on this rank perhaps alone: no other rank is asked, and
+                where there are others the scale stays.
 
         Returns:
             The scalars of the step on each device, the first one first.
@@ -169,7 +175,9 @@ class StepScalars:
             self._begin()
             return []
         if not self.decided:
-            self._decide(list(sumsq), None, counts and (self.scaled or self.rule is None))
+            alone = self.ranks is not None and (abandon or not counts)
+            adapts = counts and not alone and (self.scaled or self.rule is None)
+            self._decide(list(sumsq), None, adapts, None if alone else self.ranks)
         devices, self._start = list(self._devices.values()), self._out
         self._warning.look(self._start[_PLACE["stuck"]])
         self._begin()
@@ -197,11 +205,18 @@ class StepScalars:
     def _others(self):
         return [d for d in self._devices.values() if d is not self._first]
 
-    def _decide(self, sumsq, max_norm, adapts):
+    def _decide(self, sumsq, max_norm, adapts, ranks):
         self._out = torch.empty_like(self._first.values)
+        if ranks is None:
+            sumsq = self._gather(sumsq)
+            found_inf = self._gather([d.flags for d in self._others()])
+        else:  # the squared norm of a parameter is on one device, and 0 on the others
+            sumsq = sum(self._here(each) for each in sumsq) if sumsq else None
+            flags = torch.stack([self._here(d.flags) for d in self._devices.values()])
+            sumsq, found_inf = ranks.agree(sumsq, flags.amax(0))
         self._first.decide(
-            self._gather(sumsq),
-            found_inf=self._gather([d.flags for d in self._others()]),
+            sumsq,
+            found_inf=found_inf,
             max_norm=max_norm,
             out=self._out,
             **(self._scale_rule() if adapts else {}),
@@ -224,8 +239,10 @@ class StepScalars:
             "min_scale": self._host["grad_scale"],
         }
 
+    def _here(self, tensor):
+        return tensor.to(self._first.values.device, non_blocking=True)
+
     def _gather(self, tensors):
         """All elements as one tensor on the first device; None without any."""
-        device = self._first.values.device
-        tensors = [t.to(device, non_blocking=True).view(-1) for t in tensors]
+        tensors = [self._here(t).view(-1) for t in tensors]
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors) if tensors else None

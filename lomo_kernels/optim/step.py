@@ -17,12 +17,13 @@ to them.
 """
 
 import enum
+import math
 import weakref
 from collections import Counter, defaultdict
 
 import torch
 
-from . import notices
+from . import notices, sharding
 from .gradient import Gradient
 from .norms import Norms
 from .waiting import Report, Waiting
@@ -194,8 +195,8 @@ class Step:
         gradient = self.waiting.drop(param)
         gradient.check()
         if param.grad is not None:  # a hook looks at a further micro-batch
-            gradient.add(param.grad)
-        param.grad = gradient.whole(param.dtype)
+            gradient.add(sharding.local(param.grad))
+        param.grad = sharding.like(gradient.whole(param.dtype), param)
         self.shown.add(id(param))
         self.formed.add(param.grad.nbytes, reader.place)
 
@@ -227,7 +228,8 @@ class Step:
     @torch.no_grad()
     def apply_all(self):
         """Updates from everything that waits."""
-        together = defaultdict(list)
+        optimizer, together = self._optimizer, defaultdict(list)
+        largest = TOGETHER if optimizer.ranks is None else math.inf  # messages are shared as well
         # Newest first: what backward made last lies in caches still.
         while self.waiting:
             _, gradient = self.waiting.popitem()
@@ -235,14 +237,18 @@ class Step:
             param = gradient.param
             self.used.add(id(param))
             self.products[False] += 1
-            if param.nbytes <= TOGETHER and not gradient.factors and not self._optimizer.own_norms:
-                group = self._optimizer.group_of[id(param)]
+            if param.nbytes <= largest and not gradient.factors and not optimizer.own_norms:
+                group = optimizer.group_of[id(param)]
                 together[group, gradient.device, param.dtype] += gradient.pieces()
             else:
                 self.apply(gradient)
-        for (_, device, _), pieces in together.items():
-            scalars = self.scalars.on(device)
-            self._update(pieces, scalars, scalars.clip_coef)
+        self._update(
+            [
+                (pieces, scalars, scalars.clip_coef)
+                for (_, device, _), pieces in together.items()
+                for scalars in [self.scalars.on(device)]
+            ]
+        )
 
     def apply(self, gradient):
         if torch.is_grad_enabled():  # a backward with create_graph; the context costs microseconds
@@ -255,21 +261,29 @@ class Step:
             number = self._number(gradient.param)
             self.norms.measure(number, gradient)
             slot = self.norms.slots(gradient.device, number)
+            if self._optimizer.ranks is not None:
+                slot = self._optimizer.ranks.agree_on(gradient.param, slot, scalars.skip)
             coef = scalars.own_coefficient(slot, self._optimizer.clip_grad_norm)
         for piece in gradient.pieces(self._optimizer.whole_gradients):
-            self._update([piece], scalars, coef)
+            self._update([([piece], scalars, coef)])
 
-    def _update(self, pieces, scalars, coef):
+    def _update(self, calls):
+        """Of (pieces of one group, device and dtype; scalars of the device; clip coefficient)."""
         self.wrote = True
-        skip, found_inf = scalars.next_flags()
-        optimizer = self._optimizer
-        numbers = [optimizer.numbers[id(piece.param)] for piece in pieces]
-        optimizer.update(
-            pieces,
-            optimizer.param_groups[optimizer.group_of[id(pieces[0].param)]],
-            numbers,
-            {
-                "inv_scale": scalars.inv_scale, "clip_coef": coef, "found_inf": found_inf,
-                "skip": skip,
-            },
-        )  # fmt: skip
+        optimizer, ranks, updates = self._optimizer, self._optimizer.ranks, []
+        for pieces, scalars, coef in calls:
+            skip, found_inf = scalars.next_flags()
+            if ranks is not None:
+                pieces = [p._replace(first=ranks.part(p.param).offset) for p in pieces]
+            updates.append(
+                (
+                    pieces,
+                    optimizer.param_groups[optimizer.group_of[id(pieces[0].param)]],
+                    [optimizer.numbers[id(piece.param)] for piece in pieces],
+                    {
+                        "inv_scale": scalars.inv_scale, "clip_coef": coef, "found_inf": found_inf,
+                        "skip": skip,
+                    },
+                )
+            )  # fmt: skip
+        optimizer.update_all(updates)

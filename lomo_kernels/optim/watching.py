@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import CheckpointFunction
 
 from .. import ops
+from . import sharding
 from .choosing import factors_are_smaller
 from .gradient import Factors
 from .products import OPERATIONS
@@ -62,7 +63,7 @@ class Watch:
     - `on_gradient(param)`: in backward, `param.grad` is complete;
     - `on_factors(param, factors) -> bool`: whether factors are taken in place of the gradient;
     - `on_read(param, frame) -> bool`: `.grad` is read by `frame`; whether it reads as None;
-    - `on_write(param)`: `.grad` is assigned or deleted;
+    - `on_write(param, frame)`: `.grad` is assigned or deleted by `frame`;
     - `on_data(param, data)`: `.data` is read or assigned.
     """
 
@@ -104,8 +105,8 @@ class Watch:
     def _attach(self, param):
         self._params[id(param)] = param
         self._handles[id(param)] = param.register_post_accumulate_grad_hook(self)
-        # Other subclasses have reasons of their own (quantised, sharded): only the hook is theirs.
-        param.__class__ = _WATCHED.get(type(param), type(param))
+        # Other subclasses have reasons of their own (quantised): only the hook is theirs.
+        param.__class__ = _watched_class(type(param))
 
     def come_last(self, param):
         """Another hook was added: it has to find `.grad` before this one takes it."""
@@ -222,6 +223,7 @@ def _has_factors(param):
     """Whether it may be the weight of a product: a plain matrix."""
     return (
         type(param) in _PLAIN_OF
+        and not sharding.is_sharded(param)  # its gradient is a sum over ranks
         and param.ndim == 2
         and param.numel() > 0
         and param.is_contiguous()
@@ -303,6 +305,13 @@ _WATCHED = {
 _PLAIN_OF = {watched: plain for plain, watched in _WATCHED.items()}
 
 
+def _watched_class(kind):
+    if kind not in _WATCHED and kind is sharding.dtensor():  # which is imported when it is needed
+        _WATCHED[kind] = type("_WatchedDTensor", (_Watched, kind), {})
+        _PLAIN_OF[_WATCHED[kind]] = kind
+    return _WATCHED.get(kind, kind)
+
+
 def _make_plain(param):
     param.__class__ = _PLAIN_OF.get(type(param), type(param))
 
@@ -364,7 +373,7 @@ def _saw_if_in_function(param):
 
 def _write_grad(func, param, *args):
     if (owner := _owner(param)) is not None:
-        owner.on_write(param)
+        owner.on_write(param, sys._getframe(2))
     return func(param, *args)
 
 
