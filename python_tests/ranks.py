@@ -28,8 +28,8 @@ import torch.distributed as dist
 from poison import poison
 from torch.utils._python_dispatch import TorchDispatchMode
 
-LIMIT = 90  # seconds for one test
-GRACE = 5  # seconds for the other ranks to end theirs, once one has failed
+LIMIT = 60  # seconds for one test
+GRACE = 3  # seconds for the other ranks to end theirs, once one has failed
 
 available = dist.is_available() and dist.is_gloo_available()
 needed = pytest.mark.skipif(not available, reason="this build of torch has no gloo")
