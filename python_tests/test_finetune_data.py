@@ -315,8 +315,8 @@ def test_what_is_too_long_is_counted_and_keeps_its_end(tiny, tmp_path):
     for part in ("to train on", "held out"):
         assert (
             f"2 of 14 examples {part} are longer than --length 20 (the longest has {max(sizes)} "
-            f"tokens: --length {max(sizes)} would do): the beginning of 1 prompts is cut, 1 are "
-            "left out, whose answers leave no room for a prompt"
+            f"tokens: --length {max(sizes)} would do): in 1 the beginning of the prompt is cut, 1 "
+            "are left out, whose answers leave no room for a prompt"
         ) in lines
     examples = loaded(tiny, train=str(path), length=max(sizes))[2]
     assert len(examples.lines) == 1

@@ -212,7 +212,7 @@ class Fitting:
         if self.rule == "error":
             raise DataError(f"{text}; --truncate prompt-left or skip would go on without it")
         cut, out = self.longer - self.left_out, self.left_out
-        what = [f"the beginning of {cut} prompts is cut"] if cut else []
+        what = [f"in {cut} the beginning of the prompt is cut"] if cut else []
         if out:
             why = "" if self.rule == "skip" else ", whose answers leave no room for a prompt"
             what.append(f"{out} are left out{why}")
