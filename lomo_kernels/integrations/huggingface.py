@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import hashlib
 import importlib.util
 import json
 import warnings
@@ -31,31 +32,79 @@ def load(name, dtype=torch.float32, checkpointing=False):
     Raises:
         ModelError: no such model, or transformers cannot load it.
     """
-    transformers = _transformers("fine-tuning a language model")
-    source, options = _source(name)
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ModelError(f"cannot load the model {name!r}: {_short(error)}") from error
-    finally:
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
+    return load_model(name, dtype, checkpointing), load_tokenizer(name)
+
+
+def load_model(name, dtype=torch.float32, checkpointing=False):
+    """The model of `load`."""
+    model, options = _loaded("AutoModelForCausalLM", name, dtype=dtype)
     if options:
         model = _plain(model)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     model.config.use_cache = False
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model, tokenizer
+    return model
+
+
+def load_tokenizer(name):
+    """The tokenizer of `load`; it can pad."""
+    tokenizer, _ = _loaded("AutoTokenizer", name)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(name):
+    """The configuration of `load`'s model, without the weights."""
+    return _loaded("AutoConfig", name)[0]
+
+
+def load_weights(model, folder):
+    """Puts what `save` wrote into a model that is already there."""
+    model.load_state_dict(load_model(str(folder), model.dtype).state_dict())
+
+
+def digest(name):
+    """Of the files of `load`'s model, or the revision of one that the hub has."""
+    source, options = _source(name)
+    path = Path(source)
+    if not path.is_dir():
+        return str(getattr(load_config(name), "_commit_hash", None))
+    paths = path.iterdir() if not options else [path / options["gguf_file"]]
+    whole = hashlib.sha256()
+    for each in sorted(each for each in paths if each.is_file()):
+        with open(each, "rb") as file:
+            while block := file.read(1 << 20):
+                whole.update(block)
+    return whole.hexdigest()
+
+
+def _loaded(kind, name, **more):
+    """-> (what transformers' class `kind` loads, what the source needed besides)."""
+    transformers = _transformers("fine-tuning a language model")
+    source, options = _source(name)
+    try:
+        with _without_bars(transformers):
+            return getattr(transformers, kind).from_pretrained(source, **options, **more), options
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ModelError(f"cannot load the model {name!r}: {_short(error)}") from error
+
+
+@contextlib.contextmanager
+def _without_bars(transformers):
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def save(folder, model, tokenizer=None):
     """Writes what `transformers.AutoModelForCausalLM.from_pretrained(folder)` loads."""
-    model.save_pretrained(folder)
+    with _without_bars(_transformers("saving a model")):
+        model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

@@ -1,0 +1,307 @@
+"""One run, from its settings to its report."""
+
+import contextlib
+import hashlib
+import math
+import shutil
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from ..integrations import huggingface
+from ..memory import HeldBytes, state_bytes
+from . import checkpoint, data, report, signals, stepping
+from .display import Display
+from .examples import batch_of, batches, counted
+from .log import Log
+from .report import Report
+from .scoring import Score, score
+from .settings import DEFAULT_STEPS, OURS, Output
+from .signals import StoppedError
+
+BEST = "best"  # in the run's folder: the weights with the best score of the validation part
+
+
+def run(settings, output=None, display=None):
+    """Fine-tunes a model and scores it before and after.
+
+    Args:
+        settings: what to do.
+        output: what is kept, None: nothing. A run that was cut short goes on from the newest
+            checkpoint in `output.out`; a finished one is not repeated. `output.compare` is the
+            command's to act on.
+        display: where progress is shown.
+
+    Returns:
+        A Report.
+
+    Raises:
+        huggingface.ModelError, DataError, OutputError: one sentence for the user.
+        StoppedError: on SIGINT or SIGTERM, after the step in progress and a checkpoint.
+    """
+    display, output = display or Display(), output or Output()
+    stepping.check(settings)
+    parts = data.read(settings)
+    if output.out is None:
+        with tempfile.TemporaryDirectory(prefix="lomo-kernels-") as folder:
+            return _begin(settings, replace(output, out=None), Path(folder), parts, display)
+    out = Path(output.out)
+    with checkpoint.claimed(out, asdict(settings), _contents(settings, parts)):
+        if (finished := report.read(out)) is not None:
+            display.say(f"{out} holds this run already; nothing is left to do")
+            return finished
+        return _begin(settings, output, out, parts, display)
+
+
+def _contents(settings, parts):
+    """Digests of what a run reads, by the names a user knows it by."""
+
+    def digest(*items):
+        return hashlib.sha256("\n".join(map(repr, items)).encode()).hexdigest()
+
+    return {
+        f"the model {settings.model}": huggingface.digest(settings.model),
+        f"what is trained on of {parts.name}": digest(*parts.train, *parts.validation),
+        f"what is held out of {parts.name}": digest(*parts.held_out),
+    }
+
+
+def _begin(settings, output, folder, parts, display):
+    tokenizer = huggingface.load_tokenizer(settings.model)
+    examples = data.tokenised(parts, settings, tokenizer)
+    for line in examples.lines:
+        display.say(line)
+    newest = checkpoint.latest(folder)
+    source = settings.model if newest is None else str(newest[1])
+    display.say(f"loading {settings.model if newest is None else newest[1].name}")
+    model = huggingface.load_model(source, getattr(torch, settings.dtype), settings.checkpointing)
+    model.to(settings.device).train()
+    job = Job(settings, output, folder, model, tokenizer, examples, display)
+    with signals.noted() as stop:
+        job.stop = stop
+        return job.run(newest)
+
+
+def variants(settings, names):
+    """The settings with other optimizers: "sgd", or "sgd=0.1" for a learning rate.
+
+    Raises:
+        ValueError: one cannot be made, before anything is loaded.
+    """
+    others = []
+    for name in names:
+        optimizer, _, lr = name.partition("=")
+        others.append(replace(settings, optimizer=optimizer, lr=float(lr) if lr else None))
+        stepping.check(others[-1])
+    return others
+
+
+def compare(settings, first, names, display=None):
+    """Runs the same data with other optimizers, as `variants` takes them, and shows one table,
+    beginning with the report `first`. Nothing of these runs is saved."""
+    display = display or Display()
+    reports = [first, *(run(other, display=display) for other in variants(settings, names))]
+    display.table(reports)
+    return reports
+
+
+def steps_of(settings, examples):
+    """-> (steps of a run, steps of a pass over the examples)."""
+    per_epoch = -(-examples // (settings.batch_size * settings.gradient_accumulation))
+    if settings.steps is not None:
+        return settings.steps, per_epoch
+    if settings.epochs is None and settings.train is None and settings.task is None:
+        return DEFAULT_STEPS, per_epoch
+    return max(1, round((settings.epochs or 1.0) * per_epoch)), per_epoch
+
+
+class Job:
+    """One run in progress. `folder` is `output.out`, or one for the time of the run."""
+
+    def __init__(self, settings, output, folder, model, tokenizer, examples, display):
+        self.settings, self.output, self.folder = settings, output, folder
+        self.model, self.tokenizer = model, tokenizer
+        self.data, self.display = examples, display
+        self.stop = []
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.steps, self.per_epoch = steps_of(settings, len(examples.train))
+        self.held = HeldBytes(self.params)  # before the optimizer: its hooks come first
+        self.optimizer = stepping.make(settings, model)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
+        self.progress = {
+            "before": None, "losses": [], "skipped": 0, "seconds": 0.0, "gradients": 0, "states": 0,
+            "best": None,
+        }  # fmt: skip
+
+    def _rate(self, step):
+        """Learning rate of a step, counted from 0, as a fraction of its largest."""
+        warmup = round(self.settings.warmup * self.steps)
+        if step < warmup:
+            return (step + 1) / warmup
+        rest = (step - warmup) / max(1, self.steps - warmup)
+        if self.settings.schedule == "linear":
+            return 1 - rest
+        return (1 + math.cos(math.pi * rest)) / 2 if self.settings.schedule == "cosine" else 1.0
+
+    def run(self, newest):
+        first = 0
+        torch.manual_seed(self.settings.seed)
+        if newest is not None:
+            first, path = newest
+            self.progress = checkpoint.restore(path, self.optimizer, self.scheduler)
+            self.display.say(f"going on after step {first} of {self.steps}")
+        with contextlib.closing(self._log(first)) as self.log:
+            if self.progress["before"] is None:
+                self.progress["before"] = asdict(self._score("before", 0))
+            with self.display.steps(self.steps, first) as show:
+                for step in range(first, self.steps):
+                    self._step(step, show)
+                    self._after_step(step + 1)
+            best_step = self._take_best()
+            after = self._score("after", self.steps)
+        result = self._report(after, best_step)
+        self.held.remove()
+        if self.output.out is not None:
+            self._finish(result)
+        return result
+
+    def _log(self, first):
+        if self.output.log is not None:
+            return Log(Path(self.output.log), first, board=True)
+        return Log(self.folder if self.output.out is not None else None, first)
+
+    def _step(self, step, show):
+        started = time.perf_counter()
+        settings, progress = self.settings, self.progress
+        micro = self._batches(step)
+        rate = self.scheduler.get_last_lr()[0]
+        loss, norm, skipped = stepping.update(
+            self.optimizer, self.params, self._losses(micro), settings
+        )
+        self.scheduler.step()
+        progress["losses"].append(loss)
+        progress["skipped"] += skipped
+        seconds = time.perf_counter() - started
+        progress["seconds"] += seconds
+        waiting = getattr(self.optimizer, "last_waiting_bytes", 0)
+        progress["gradients"] = max(progress["gradients"], self.held.peak, waiting)
+        progress["states"] = max(progress["states"], state_bytes(self.optimizer))
+        speed = sum(int(batch["attention_mask"].sum()) for batch in micro) / seconds
+        scale = self.optimizer.loss_scale if settings.optimizer in OURS else None
+        show(step + 1, loss, norm, speed, scale, progress["skipped"])
+        self.log.add(
+            step + 1, loss=loss, lr=rate, gradient_norm=norm, tokens_per_second=speed,
+            loss_scale=scale, skipped=progress["skipped"],
+        )  # fmt: skip
+
+    def _batches(self, step):
+        """The micro-batches of a step."""
+        epoch, place = divmod(step, self.per_epoch)
+        size, seed = self.settings.batch_size, self.settings.seed
+        together = size * self.settings.gradient_accumulation
+        indices = batches(len(self.data.train), together, seed, epoch)[place]
+        examples = [self.data.train[i] for i in indices]
+        return [
+            batch_of(examples[i : i + size], self.tokenizer.pad_token_id, self.settings.device)
+            for i in range(0, len(examples), size)
+        ]
+
+    def _losses(self, micro):
+        """The parts of the mean over all tokens of a step, as one large batch would have it."""
+        tokens = [counted(batch) for batch in micro]
+        for batch, count in zip(micro, tokens):
+            with self._autocast():
+                loss = self.model(**batch).loss
+            yield loss if len(micro) == 1 else loss * (count / sum(tokens))
+
+    def _autocast(self):
+        device = torch.device(self.settings.device).type
+        return torch.autocast(device, torch.bfloat16, enabled=self.settings.autocast)
+
+    def _after_step(self, done):
+        settings, last = self.settings, done == self.steps
+        if settings.eval_every and (done % settings.eval_every == 0 or last):
+            self._choose(done)
+        if self.output.out is not None:
+            save_every = self.output.save_every or max(1, self.steps // 4)
+            if done % save_every == 0 or last or self.stop:
+                self._save(done)
+        if self.stop:
+            raise StoppedError(
+                f"stopped after step {done} of {self.steps}"
+                + (f"; the same command goes on from {self.folder}" if self.output.out else "")
+            )
+
+    def _choose(self, done):
+        """Keeps the weights if the validation part has never been scored better."""
+        found, best = self._score("validation", done), self.progress["best"]
+        if best is None or found.is_better_than(Score(**best["score"])):
+            checkpoint.save_model(self.folder, BEST, self.model, self.tokenizer)
+            self.progress["best"] = {"step": done, "score": asdict(found)}
+
+    def _take_best(self):
+        """Puts the best weights into the model. -> of which step they are."""
+        best = self.progress["best"]
+        if best is None or best["step"] == self.steps:
+            return self.steps
+        self.display.say(f"the weights of step {best['step']} are the best of the validation part")
+        huggingface.load_weights(self.model, self.folder / BEST)
+        return best["step"]
+
+    def _score(self, name, step):
+        def progress(steps):
+            for each in self.display.track(steps, f"score {name}"):
+                if self.stop:
+                    raise StoppedError("stopped while scoring; the same command goes on")
+                yield each
+
+        examples = self.data.validation if name == "validation" else self.data.held_out
+        with self._autocast():
+            result = score(
+                self.model, examples, measures=self.data.measures, rule=self.settings.score,
+                batch_size=2 * self.settings.batch_size, pad=self.tokenizer.pad_token_id,
+                device=self.settings.device, progress=progress,
+            )  # fmt: skip
+        when = f"{name} training" if name != "validation" else f"validation after step {step}"
+        self.display.say(f"{when}: {result} on {result.count} held-out "
+                         f"{'tokens' if result.name == 'perplexity' else 'questions'}")  # fmt: skip
+        values = {result.name: result.value, **result.more}
+        part = "validation" if name == "validation" else "held_out"
+        self.log.add(step, **{f"{part}/{key}": value for key, value in values.items()})
+        return result
+
+    def _save(self, step):
+        checkpoint.save(
+            self.folder, step, self.model, self.tokenizer, self.optimizer, self.scheduler,
+            self.progress, max(1, self.output.keep),
+        )  # fmt: skip
+
+    def _report(self, after, best_step):
+        progress = self.progress
+        last = progress["losses"][-max(1, len(progress["losses"]) // 10) :]
+        name = self.settings.optimizer
+        if name in OURS and self.settings.strategy != "auto":
+            name += f" ({self.settings.strategy})"
+        return Report(
+            optimizer=f"{name}, lr {self.settings.lr:g}",
+            before=Score(**progress["before"]),
+            after=after,
+            loss=sum(last) / len(last),
+            steps=self.steps,
+            skipped=progress["skipped"],
+            seconds=progress["seconds"],
+            gradient_bytes=progress["gradients"],
+            state_bytes=progress["states"],
+            best_step=best_step,
+        )
+
+    def _finish(self, result):
+        """The checkpoint of the last step is there until the result is."""
+        checkpoint.save_model(self.folder, "model", self.model, self.tokenizer)
+        with checkpoint.writing(self.folder):
+            report.write(self.folder, result, self.progress["losses"])
+            checkpoint.drop(self.folder, self.output.keep)
+            shutil.rmtree(self.folder / BEST, ignore_errors=True)
