@@ -4,7 +4,7 @@ import contextlib
 import logging
 import math
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 
 import torch
 
@@ -22,6 +22,14 @@ from .watching import Watch, unwatched
 logger = logging.getLogger("lomo_kernels")
 
 
+class _State(defaultdict):
+    """The state of all parameters. It is never false: where torch.distributed.checkpoint finds no
+    state it makes a step of gradients that are zero, to have some."""
+
+    def __bool__(self):
+        return True
+
+
 class FusedOptimizer(torch.optim.Optimizer):
     """A torch optimizer whose updates happen inside backward, one parameter at a time.
 
@@ -34,7 +42,6 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     whole_gradients = False  # whether an update needs each gradient in one piece
     whole_rows = False  # whether a sharded parameter must be cut along its first dimension
-    cut_states = ("low",)  # states that are sharded as their parameter is; the others are whole
     must_scale = True  # whether a bare loss.backward() is a mistake where a scale was asked for
     dtypes = (*ops.DTYPES, torch.float64)
     gather_norm = False  # lomo_optim's loops read it
@@ -72,6 +79,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._names = {id(p): name for name, p in model_or_params.named_parameters()}
             model_or_params = model_or_params.parameters()
         super().__init__(model_or_params, {**defaults, "step": 0})
+        self.state = _State(dict)
         self._look_for_shards()
         self.scalars = self._new_scalars()
         self._step = self._new_step()
@@ -125,8 +133,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         params = list(self._params())
         if all(id(p) in self.numbers for p in params):
             return
-        if len(params) != len(self.numbers) or any(self.state.values()) or not self._step.is_empty:
+        started = any(group["step"] for group in self.param_groups) or not self._step.is_empty
+        if started or len(params) != len(self.numbers):
             raise RuntimeError(notices.REPLACED_LATE)
+        self.state.clear()
         names = {number: self._names.get(key) for key, number in self.numbers.items()}
         self._watch.release()
         self.numbers, self.group_of, self._names = {}, {}, {}
@@ -212,11 +222,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _taken(self, param):
         """`.grad`, out of the parameter; of a sharded one this rank's part."""
         grad, param.grad = param.grad, None
-        return (
-            grad
-            if self.ranks is None
-            else sharding.local_gradient(grad, param, self.name_of(param))
-        )
+        return grad if self.ranks is None else sharding.local_gradient(grad, param, self.name_of)
 
     @unwatched
     def zero_grad(self, set_to_none=True):
@@ -239,27 +245,61 @@ class FusedOptimizer(torch.optim.Optimizer):
             and all(p.grad is None for p in unwatched(self._params)())
         )
 
+    @unwatched
     def state_dict(self):
-        """As torch; with dynamic loss scaling also `loss_scale`, for which the device is asked."""
+        """As torch; with dynamic loss scaling also `loss_scale`, for which the device is asked.
+
+        State is whole before the first step, too, and that of a sharded parameter is sharded alike
+        (DTensor), so that `torch.distributed.checkpoint` saves it and loads it on another number of
+        ranks. The low halves of rounding "split" are given as bfloat16, a view of their bits, as no
+        collective moves int16.
+        """
+        self._adopt()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.requires_grad:
+                    self.make_state(param, group)
         state = super().state_dict()
+        for index, param in enumerate(self._params()):
+            if param in self.state:
+                state["state"][index] = {
+                    name: self._saved(name, value, param)
+                    for name, value in self.state[param].items()
+                }
         if isinstance(self._scaling(), LossScale):
             state["loss_scale"] = self.scalars.state()
+            for group in state["param_groups"]:  # torch.distributed.checkpoint keeps these alone
+                group["loss_scale"] = dict(state["loss_scale"])
         return state
 
+    def _saved(self, name, value, param):
+        if name == "low":
+            value = value.view(torch.bfloat16)
+        return sharding.like(value, param) if self._is_cut(name, param) else value
+
+    def _is_cut(self, name, param):
+        """Whether a state has the parts that its parameter has."""
+        return name == "low"
+
+    @unwatched
     def load_state_dict(self, state_dict):
         """As torch, but state keeps its dtype: torch would cast it to the parameter's."""
+        self._adopt()
         super().load_state_dict(state_dict)
-        if isinstance(self._scaling(), LossScale) and "loss_scale" in state_dict:
-            saved = state_dict["loss_scale"]
+        in_groups = [group.pop("loss_scale", None) for group in self.param_groups]
+        saved = state_dict.get("loss_scale", in_groups[0])
+        if isinstance(self._scaling(), LossScale) and saved is not None:
             self.scalars.set(saved["grad_scale"], saved["growth_tracker"], saved["stuck"])
         indices = [i for group in state_dict["param_groups"] for i in group["params"]]
         for index, param in zip(indices, self._params()):
             for key, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, torch.Tensor):
-                    self.state[param][key] = value.to(param.device, copy=True)
+                    value = sharding.local(value).to(sharding.local(param).device, copy=True)
+                    self.state[param][key] = value.view(torch.int16) if key == "low" else value
 
     def __setstate__(self, state):
         super().__setstate__(state)
+        self.state = _State(dict, self.state)
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
@@ -784,6 +824,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The updates of what waited; a rule whose ranks exchange sums in them does so at once."""
         for update in updates:
             self.update(*update)
+
+    def make_state(self, param, group):
+        """Makes the state of a parameter that has none yet: zeros."""
+        self.rounding_of(param, group)
 
     def rounding_of(self, param, group):
         """How the group stores the parameter, and the int16 halves of it for "split"."""

@@ -8,9 +8,9 @@ of one device. What one rank cannot know alone is agreed on with one message: th
 all parts, and the flags, of all ranks, which `ops.decide_` adds in a fixed order. So the norm, the
 skip and the loss scale are the same bits on all ranks.
 
-The leaves of the graph are the whole parameters that FSDP2 gathers for a unit, not the sharded ones.
-A second backward that is limited to some parameters needs them: they are what a module holds while
-its forward runs.
+The leaves of the graph are the whole parameters that FSDP2 gathers for a unit, not the sharded
+ones. A second backward that is limited to some parameters needs them: they are what a module holds
+while its forward runs.
 
 This is the one room that knows of torch.distributed; it imports nothing of it before a DTensor is
 met.
@@ -45,7 +45,7 @@ def local(tensor):
     return tensor._local_tensor if is_sharded(tensor) else tensor
 
 
-def local_gradient(grad, param, name):
+def local_gradient(grad, param, name_of):
     """This rank's part of a gradient, placed as its parameter is.
 
     Raises:
@@ -56,7 +56,7 @@ def local_gradient(grad, param, name):
     if grad.placements != param.placements:  # of sequence parallelism: sums that are still to do
         for placement in grad.placements:
             if placement.is_partial() and placement.reduce_op not in ("sum", "avg"):
-                raise TypeError(notices.PARTIAL.format(name=name, placement=placement))
+                raise TypeError(notices.PARTIAL.format(name=name_of(param), placement=placement))
         grad = grad.redistribute(placements=param.placements)
     grad = grad._local_tensor
     if grad.is_cuda:
@@ -67,11 +67,12 @@ def local_gradient(grad, param, name):
 
 
 def like(value, param):
-    """A tensor that has the parts of `param` (or of its first dimensions) as a DTensor; a plain
-    tensor where the parameter is plain or `value` is not cut as it is."""
+    """`value`, this rank's part of what has the parameter's shape, or its first dimension alone,
+    as a DTensor that is sharded alike; of a plain parameter `value` itself."""
     if not is_sharded(param):
         return value
-    shape = torch.Size(param.shape[: value.ndim])
+    whole = value.shape == local(param).shape
+    shape = param.shape if whole else torch.Size((param.shape[0], *value.shape[1:]))
     stride = torch.empty(shape, device="meta").stride()
     return dtensor().from_local(
         value, param.device_mesh, param.placements, run_check=False, shape=shape, stride=stride
@@ -110,12 +111,6 @@ def _offset(param):
             place * stride for place, stride in zip(first[1:], strides[1:])
         )
     return offset, (tuple(first), tuple(mine.shape))
-
-
-def _has_whole_rows(param):
-    """Whether it is cut along its first dimension only."""
-    mine = local(param)
-    return mine.numel() == 0 or mine.shape[1:] == param.shape[1:]
 
 
 def check(param, name, by_rows):
@@ -167,7 +162,10 @@ class Ranks:
         else:
             self.group = (widest if widest.ndim == 1 else widest._flatten()).get_group()
         self.size = dist.get_world_size(self.group)
-        self._device = self._device_of_messages(widest)
+        backends = str(dist.get_backend_config(self.group))
+        # Offloaded parameters lie on the CPU, from which a group of NCCL alone cannot send.
+        by_cpu = widest.device_type == "cpu" or any(b in backends for b in ("cpu:", "gloo", "mpi"))
+        self._device = "cpu" if by_cpu else widest.device_type
         found = [(*_offset(p), tuple(p.shape), str(p.dtype), local(p).nbytes) for p in params]
         places = [each[1:] for each in found]
         ranks = self._all(places)
@@ -185,13 +183,6 @@ class Ranks:
         }
         self._masks = {}
         self._params = params
-
-    def _device_of_messages(self, mesh):
-        """Where messages lie: None: where the values are; else the kind of device that the group's
-        backend can send from, which need not be that of offloaded parameters."""
-        backends = str(self._dist.get_backend_config(self.group))
-        has_cpu = any(name in backends for name in ("gloo", "mpi", "fake", "cpu:"))
-        return None if has_cpu or mesh.device_type == "cpu" else mesh.device_type
 
     def _all(self, value):
         """What every rank says."""
@@ -211,7 +202,7 @@ class Ranks:
         if self.size == 1:
             return values
         self.messages += 1
-        sent = values if self._device is None else values.to(self._device)
+        sent = values.to(self._device) if values.device.type == "cpu" else values
         every = sent.new_empty((self.size, sent.shape[1]))
         _all_gather(self._dist)(every, sent, group=self.group)
         return every.to(values.device)
