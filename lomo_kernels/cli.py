@@ -111,6 +111,12 @@ def _add_finetune_options(tune):
         "--checkpointing", action="store_true", default=argparse.SUPPRESS,
         help="recompute activations in backward: less memory, a third more time",
     )  # fmt: skip
+    add("--sharding", "none or fsdp2: each process has a part; by default fsdp2 for more than one")
+    tune.add_argument(
+        "--offload", action="store_true", default=argparse.SUPPRESS,
+        help="parameters live in host memory and are updated there; with one process, too",
+    )  # fmt: skip
+    add("--tensor-parallel", "processes that share each matrix, by transformers' plan", int)
 
 
 def _add_plan_options(plan):
@@ -223,14 +229,16 @@ def _finetune(options):
     others = [name for name in options.pop("compare", "").split(",") if name]
     try:
         display = finetune.Display()
-        settings = finetune.Settings(**options)
-        report = finetune.run(settings, out, save_every, display)
-        finetune.compare(settings, report, others, display)
+        with finetune.Watch():
+            settings = finetune.Settings(**options)
+            report = finetune.run(settings, out, save_every, display)
+            finetune.compare(settings, report, others, display)
     except finetune.StoppedError as stopped:
         display.say(str(stopped))
         return 130
     except (
         ValueError, huggingface.ModelError, data.DataError, checkpoint.ResumeError,
+        finetune.LostError,
     ) as error:  # fmt: skip
         return _fail(error)
     except ImportError as error:

@@ -17,6 +17,7 @@ pytest.importorskip("rich", reason="rich is not installed")
 
 from lomo_kernels import cli, finetune  # noqa: E402
 from lomo_kernels.finetune import checkpoint, data, scoring, wordnet  # noqa: E402
+from lomo_kernels.finetune.ranks import Ranks  # noqa: E402
 from lomo_kernels.integrations import huggingface  # noqa: E402
 from lomo_kernels.memory import HeldBytes, state_bytes  # noqa: E402
 
@@ -165,7 +166,7 @@ def test_perplexity_is_that_of_transformers_own_loss(tiny):
     examples = data.load(None, None, tokenizer, length=24, seed=0)
     held_out = examples.held_out[:10]
     got = scoring.score(
-        model, examples, held_out, batch_size=3, pad=tokenizer.pad_token_id, device="cpu",
+        model, examples, held_out, batch_size=3, pad=tokenizer.pad_token_id, team=Ranks(),
         progress=iter,
     )  # fmt: skip
     losses = []

@@ -2,6 +2,7 @@
 
 from .display import Display
 from .job import compare, run
+from .ranks import LostError, Watch
 from .report import Report
 from .settings import OPTIMIZERS, SCHEDULES, Settings
 from .signals import StoppedError
@@ -10,9 +11,11 @@ __all__ = [
     "OPTIMIZERS",
     "SCHEDULES",
     "Display",
+    "LostError",
     "Report",
     "Settings",
     "StoppedError",
+    "Watch",
     "compare",
     "run",
 ]

@@ -1,12 +1,14 @@
-"""Checkpoints that are whole or not there: a killed run goes on from the last one."""
+"""Checkpoints that are whole or not there: a killed run goes on from the last one.
+
+Weights and the optimizer's state are torch.distributed.checkpoint's, whatever the number of ranks:
+each writes what it has, and any number goes on.
+"""
 
 import json
 import shutil
 from pathlib import Path
 
 import torch
-
-from ..integrations import huggingface
 
 _PREFIX, _PARTIAL = "checkpoint-", ".partial"
 
@@ -28,20 +30,41 @@ def _whole(folder):
     return sorted(found, key=_step_of)
 
 
-def save(folder, step, model, tokenizer, optimizer, scheduler, progress):
-    """Writes checkpoint-STEP under another name, renames it, then drops the older ones."""
+def save(folder, step, ranks, model, optimizer, scheduler, progress):
+    """Writes checkpoint-STEP under another name, renames it, then drops the older ones.
+
+    All ranks call it; the folder is one that all of them see.
+    """
+    from torch.distributed import checkpoint as dcp
+
     target = folder / f"{_PREFIX}{step}"
     partial = folder / f"{target.name}{_PARTIAL}"
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    huggingface.save(partial, model, tokenizer)
+    ranks.first(_empty, partial)
+    dcp.save(_tensors(model, optimizer), checkpoint_id=partial, no_dist=ranks.size == 1)
     state = {
-        "optimizer": optimizer.state_dict(),
         "scheduler": scheduler.state_dict(),
-        "random": torch.get_rng_state(),
+        "random": ranks.all(torch.get_rng_state()),
         "progress": progress,
     }
+    ranks.first(_complete, folder, partial, target, state)
+
+
+def _tensors(model, optimizer):
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    saved = model.state_dict().keys()
+    weights = {name: p.detach() for name, p in model.named_parameters()}  # tied ones once
+    buffers = {name: b for name, b in model.named_buffers() if name in saved}
+    return {"model": weights | buffers, "optimizer": get_optimizer_state_dict(model, optimizer)}
+
+
+def _empty(folder):
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def _complete(folder, partial, target, state):
     torch.save(state, partial / "state.pt")
     if target.exists():
         shutil.rmtree(target)
@@ -59,12 +82,21 @@ def latest(folder):
     return (_step_of(found[-1]), found[-1]) if found else None
 
 
-def restore(path, optimizer, scheduler):
-    """Loads everything but the model, which is loaded from `path` like any other. -> progress."""
+def restore(path, ranks, model, optimizer, scheduler):
+    """Loads everything into what was made as if at the beginning. -> progress.
+
+    Where another number of ranks goes on, what they draw at random begins anew.
+    """
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+
+    tensors = _tensors(model, optimizer)
+    dcp.load(tensors, checkpoint_id=path, no_dist=ranks.size == 1)  # weights in place
+    set_optimizer_state_dict(model, optimizer, tensors["optimizer"])
     state = torch.load(path / "state.pt", map_location="cpu")
-    optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
-    torch.set_rng_state(state["random"])
+    if len(state["random"]) == ranks.size:
+        torch.set_rng_state(state["random"][ranks.rank])
     return state["progress"]
 
 

@@ -103,6 +103,11 @@ def batch_of(examples, pad, device):
     }
 
 
+def counted(batch):
+    """Tokens of a batch that its loss is the mean over: the first of a row follows nothing."""
+    return int((batch["labels"][:, 1:] != IGNORE).sum())
+
+
 def batches(count, size, seed, epoch):
     """The index lists of an epoch, the same for the same seed; the last may be short."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)

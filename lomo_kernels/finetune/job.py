@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from ..integrations import huggingface
+from ..integrations.sharding import shard
 from ..memory import HeldBytes, state_bytes
-from . import checkpoint, data, report, signals, stepping
+from . import checkpoint, data, ranks, report, signals, stepping
 from .display import Display
 from .report import Report
 from .scoring import Score, score
@@ -35,29 +36,59 @@ def run(settings, out=None, save_every=None, display=None):
         huggingface.ModelError, data.DataError, checkpoint.ResumeError: one sentence for the user.
         StoppedError: on SIGINT or SIGTERM, after the step in progress and a checkpoint.
     """
-    display = display or Display()
-    out = None if out is None else Path(out)
+    with ranks.joined(settings) as team:
+        out = None if out is None else Path(out)
+        return _run(settings, out, save_every, display or Display(), team)
+
+
+def _run(settings, out, save_every, display, team):
     newest = None
     if out is not None:
-        checkpoint.claim(out, asdict(settings))
-        if (finished := report.read(out)) is not None:
+        team.first(checkpoint.claim, out, settings.identity())
+        if (finished := team.first(report.read, out)) is not None:
             display.say(f"{out} holds this run already; nothing is left to do")
             return finished
-        newest = checkpoint.latest(out)
-    source = settings.model if newest is None else str(newest[1])
-    display.say(f"loading {settings.model if newest is None else newest[1].name}")
-    model, tokenizer = huggingface.load(
-        source, getattr(torch, settings.dtype), settings.checkpointing
-    )
-    model.to(settings.device).train()
+        newest = team.first(checkpoint.latest, out)
+    display.say(f"loading {settings.model}")
+    model, tokenizer = _load(settings, team)
     examples = data.load(
         settings.train, settings.held_out, tokenizer, length=settings.length, seed=settings.seed
     )
     display.say(examples.description)
-    job = Job(settings, model, tokenizer, examples, display)
+    job = Job(settings, team, model, tokenizer, examples, display)
     with signals.noted() as stop:
         job.stop = stop
         return job.run(out, save_every, newest)
+
+
+def _load(settings, team):
+    dtype = getattr(torch, settings.dtype)
+    load = settings.model, dtype, settings.checkpointing
+    if settings.tensor_parallel > 1:
+        model, tokenizer = huggingface.load_parallel(
+            *load, ranks=team.size, tensor_parallel=settings.tensor_parallel
+        )
+        return model.train(), tokenizer
+    if team.size == 1 and not settings.is_sharded:
+        model, tokenizer = huggingface.load(*load)
+        return model.to(team.device).train(), tokenizer
+    kind = torch.device(team.device).type
+    mesh = torch.distributed.init_device_mesh(kind, (team.size,))
+    model = None
+
+    def load_first():
+        nonlocal model
+        model, tokenizer = huggingface.load(*load)
+        return tokenizer
+
+    tokenizer = team.first(load_first)
+    if team.size > 1:
+        model = huggingface.spread(
+            model, team, mesh, checkpointing=settings.checkpointing, offload=settings.offload
+        )
+    else:
+        shard(model, mesh, offload=settings.offload)
+    return model.train(), tokenizer
 
 
 def compare(settings, first, names, display=None):
@@ -76,8 +107,8 @@ def compare(settings, first, names, display=None):
 class Job:
     """One run in progress."""
 
-    def __init__(self, settings, model, tokenizer, examples, display):
-        self.settings, self.model, self.tokenizer = settings, model, tokenizer
+    def __init__(self, settings, team, model, tokenizer, examples, display):
+        self.settings, self.team, self.model, self.tokenizer = settings, team, model, tokenizer
         self.data, self.display = examples, display
         self.stop = []
         self.params = [p for p in model.parameters() if p.requires_grad]
@@ -107,21 +138,23 @@ class Job:
 
     def run(self, out, save_every, newest):
         first = 0
-        torch.manual_seed(self.settings.seed)
+        torch.manual_seed(self.settings.seed + self.team.part)
         if newest is not None:
             first, path = newest
-            self.progress = checkpoint.restore(path, self.optimizer, self.scheduler)
+            self.progress = checkpoint.restore(
+                path, self.team, self.model, self.optimizer, self.scheduler
+            )
             self.display.say(f"going on after step {first} of {self.steps}")
         if self.progress["before"] is None:
             self.progress["before"] = asdict(self._score("before"))
         save_every = save_every or max(1, self.steps // 4)
         with self.display.steps(self.steps, first) as show:
             for step in range(first, self.steps):
-                self._step(step, show)
+                stop = self._step(step, show)
                 done = step + 1
-                if out is not None and (done % save_every == 0 or done == self.steps or self.stop):
+                if out is not None and (done % save_every == 0 or done == self.steps or stop):
                     self._save(out, done)
-                if self.stop:
+                if stop:
                     raise StoppedError(
                         f"stopped after step {done} of {self.steps}"
                         + (f"; the same command goes on from {out}" if out else "")
@@ -134,13 +167,17 @@ class Job:
         return result
 
     def _step(self, step, show):
+        """-> whether a rank was told to stop."""
         started = time.perf_counter()
-        examples = self._examples(step)
-        batch = data.batch_of(examples, self.tokenizer.pad_token_id, self.settings.device)
-        loss = self.model(**batch).loss
+        pad, team = self.tokenizer.pad_token_id, self.team
+        examples, weight = team.of_batch(self._examples(step), pad)
+        batch = data.batch_of(examples, pad, team.device)
+        loss = self.model(**batch).loss * weight
         norm, skipped = stepping.update(self.optimizer, self.params, loss, self.settings)
         self.scheduler.step()
-        value = loss.item()
+        tokens = int(batch["attention_mask"].sum())
+        value, tokens, stop = team.sum(loss.item(), tokens, bool(self.stop))
+        value /= team.parts
         progress = self.progress
         progress["losses"].append(value)
         progress["skipped"] += skipped
@@ -149,9 +186,9 @@ class Job:
         waiting = getattr(self.optimizer, "last_waiting_bytes", 0)
         progress["gradients"] = max(progress["gradients"], self.held.peak, waiting)
         progress["states"] = max(progress["states"], state_bytes(self.optimizer))
-        tokens = int(batch["attention_mask"].sum())
         scale = self.optimizer.loss_scale if self.settings.optimizer in OURS else None
         show(step + 1, value, norm, tokens / seconds, scale, progress["skipped"])
+        return stop
 
     def _examples(self, step):
         epoch, place = divmod(step, self.per_epoch)
@@ -162,14 +199,14 @@ class Job:
     def _score(self, name):
         def progress(steps):
             for step in self.display.track(steps, f"score {name}"):
-                if self.stop:
+                if self.team.any(self.stop):
                     raise StoppedError("stopped while scoring; the same command goes on")
                 yield step
 
         held_out = self.data.held_out[: self.settings.eval_size]
         result = score(
             self.model, self.data, held_out, batch_size=2 * self.settings.batch_size,
-            pad=self.tokenizer.pad_token_id, device=self.settings.device, progress=progress,
+            pad=self.tokenizer.pad_token_id, team=self.team, progress=progress,
         )  # fmt: skip
         self.display.say(f"{name} training: {result} on {result.count} held-out "
                          f"{'tokens' if result.name == 'perplexity' else 'questions'}")  # fmt: skip
@@ -177,7 +214,7 @@ class Job:
 
     def _save(self, out, step):
         checkpoint.save(
-            out, step, self.model, self.tokenizer, self.optimizer, self.scheduler, self.progress
+            out, step, self.team, self.model, self.optimizer, self.scheduler, self.progress
         )
 
     def _report(self, after):
@@ -200,10 +237,14 @@ class Job:
 
     def _finish(self, out, result):
         """The checkpoint of the last step is there until the result is."""
+        weights = huggingface.gathered(self.model)
+        self.team.first(self._write, out, result, weights)
+
+    def _write(self, out, result, weights):
         partial = out / "model.partial"
         for folder in (partial, out / "model"):
             shutil.rmtree(folder, ignore_errors=True)
-        huggingface.save(partial, self.model, self.tokenizer)
+        huggingface.save(partial, self.model, self.tokenizer, weights)
         partial.rename(out / "model")
         report.write(out, result, self.progress["losses"])
         for path in out.glob("checkpoint-*"):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .data import batch_of
+from .data import batch_of, counted
 
 
 @dataclass(frozen=True)
@@ -19,39 +19,47 @@ class Score:
 
 
 @torch.no_grad()
-def score(model, data, examples, *, batch_size, pad, device, progress):
-    """The score of `examples` under the model, which is in evaluation mode meanwhile."""
+def score(model, data, examples, *, batch_size, pad, team, progress):
+    """The score of `examples` under the model, which is in evaluation mode meanwhile.
+
+    Each rank takes its part of each batch, and all get the same score.
+    """
     training = model.training
     model.eval()
     try:
         if data.candidates is None:
-            return _perplexity(model, examples, batch_size, pad, device, progress)
-        return _accuracy(model, examples, data.candidates, batch_size, pad, device, progress)
+            return _perplexity(model, examples, batch_size, pad, team, progress)
+        return _accuracy(model, examples, data.candidates, batch_size, pad, team, progress)
     finally:
         model.train(training)
 
 
-def _perplexity(model, examples, batch_size, pad, device, progress):
+def _perplexity(model, examples, batch_size, pad, team, progress):
     total, count = 0.0, 0
     for start in progress(range(0, len(examples), batch_size)):
-        batch = batch_of(examples[start : start + batch_size], pad, device)
-        tokens = int((batch["labels"][:, 1:] >= 0).sum())
-        total += model(**batch).loss.item() * tokens
-        count += tokens
+        some, weight = team.of_batch(examples[start : start + batch_size], pad)
+        batch = batch_of(some, pad, team.device)
+        loss = model(**batch).loss.item()
+        if weight:
+            total += loss * counted(batch)
+            count += counted(batch)
+    total, count = team.sum(total, count)
     mean = total / count
-    return Score("perplexity", math.exp(mean) if mean < 700 else math.inf, count)
+    return Score("perplexity", math.exp(mean) if mean < 700 else math.inf, int(count))
 
 
-def _accuracy(model, examples, candidates, batch_size, pad, device, progress):
+def _accuracy(model, examples, candidates, batch_size, pad, team, progress):
     """The LOMO paper's inference rule: every answer is put after the question, and the one with the
     highest mean log-likelihood is taken. The question runs once; only what is left of answers
     longer than a token runs for each of them, on its keys and values."""
     right = 0
     for start in progress(range(0, len(examples), batch_size)):
-        some = examples[start : start + batch_size]
-        likelihood = _mean_log_likelihood(model, some, candidates, pad, device)
+        batch = examples[start : start + batch_size]
+        some = team.of(batch)  # a rank without any takes part all the same
+        likelihood = _mean_log_likelihood(model, some or batch[:1], candidates, pad, team.device)
         chosen = likelihood.argmax(1).tolist()
         right += sum(candidates[c] == e.completion for c, e in zip(chosen, some))
+    (right,) = team.sum(right)
     return Score("accuracy", right / len(examples), len(examples))
 
 

@@ -1,7 +1,7 @@
 """What defines a run, and the check of every value of it."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -16,6 +16,8 @@ OPTIMIZERS = {  # default learning rates
 }
 DEFAULT_STEPS = 32  # on the default data: about five minutes on two CPU cores
 SCHEDULES = ("linear", "cosine", "constant")
+SHARDINGS = ("none", "fsdp2")
+PLACEMENT = ("sharding", "offload", "tensor_parallel")
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,9 @@ class Settings:
     backend: str = "auto"
     device: str = "cpu"
     checkpointing: bool = False
+    sharding: str | None = None
+    offload: bool = False
+    tensor_parallel: int = 1
     eval_size: int = 64
     seed: int = 0
 
@@ -60,6 +65,11 @@ class Settings:
         _check(self.batch_size > 0, "batch_size", "a whole number above 0", self)
         _check(self.length > 1, "length", "a whole number above 1", self)
         _check(self.eval_size > 0, "eval_size", "a whole number above 0", self)
+        _check(self.sharding in (None, *SHARDINGS), "sharding", f"one of {SHARDINGS}", self)
+        _check(
+            not (self.offload and self.sharding == "none"), "sharding", "'fsdp2' with offload", self
+        )
+        _check(self.tensor_parallel > 0, "tensor_parallel", "a whole number above 0", self)
         dtypes = ("float32", "bfloat16", "float16")
         _check(self.dtype in dtypes, "dtype", f"one of {dtypes}", self)
         try:
@@ -69,6 +79,16 @@ class Settings:
             raise ValueError(f"device {self.device!r} cannot be used: {reason}") from error
         if self.lr is None:
             object.__setattr__(self, "lr", OPTIMIZERS[self.optimizer])
+
+    @property
+    def is_sharded(self):
+        """Whether one process is sharded, too; several always are."""
+        return self.offload or self.sharding == "fsdp2"
+
+    def identity(self):
+        """What a run must have in common with the one that it goes on with: all but how the
+        processes share the model."""
+        return {k: v for k, v in asdict(self).items() if k not in PLACEMENT}
 
 
 def _check(fine, name, wanted, settings):

@@ -10,6 +10,8 @@ from unittest import mock
 
 import torch
 
+from .sharding import shard
+
 DEFAULT_MODEL = "smollm2-135m-instruct"
 _DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -18,7 +20,7 @@ class ModelError(Exception):
     """The model cannot be loaded; the message says why in one sentence."""
 
 
-def load(name, dtype=torch.float32, checkpointing=False):
+def load(name, dtype=torch.float32, checkpointing=False, distributed_config=None):
     """A causal language model and its tokenizer.
 
     Args:
@@ -27,23 +29,27 @@ def load(name, dtype=torch.float32, checkpointing=False):
             GGUF, Apache-2.0).
         dtype: of the parameters.
         checkpointing: recompute activations in backward (non-reentrant).
+        distributed_config: of transformers.
 
     Raises:
         ModelError: no such model, or transformers cannot load it.
     """
     transformers = _transformers("fine-tuning a language model")
     source, options = _source(name)
+    parallel = {} if distributed_config is None else {"distributed_config": distributed_config}
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, **options, **parallel
+        )
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ModelError(f"cannot load the model {name!r}: {_short(error)}") from error
     finally:
         if bars:
             transformers.utils.logging.enable_progress_bar()
-    if options:
+    if options and not parallel:
         model = _plain(model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -53,9 +59,99 @@ def load(name, dtype=torch.float32, checkpointing=False):
     return model, tokenizer
 
 
-def save(folder, model, tokenizer=None):
-    """Writes what `transformers.AutoModelForCausalLM.from_pretrained(folder)` loads."""
-    model.save_pretrained(folder)
+def spread(model, group, mesh, *, checkpointing=False, offload=False):
+    """The model of the first rank, in parts on all of them (FSDP2).
+
+    Not from_pretrained(distributed_config=...), which reads each part where it belongs: it makes
+    two parameters of an embedding that is the head, too, and the gradient comes in two pieces.
+
+    Args:
+        model: of `load`; None on all ranks but the first.
+        group: with `first(function)`, which gives all ranks the result of the first.
+        mesh: a DeviceMesh of one dimension.
+        checkpointing: as of `load`.
+        offload: as of `shard`.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    config, generation, dtype, buffers = group.first(
+        lambda: (model.config, model.generation_config, model.dtype, dict(model.named_buffers()))
+    )
+    with torch.device("meta"):
+        parts = from_config(config, dtype, "non_reentrant" if checkpointing else None)
+    parts.generation_config = generation
+    shard(parts, mesh, offload=offload)
+    parts.to_empty(device="cpu" if offload else mesh.device_type)
+    parts.tie_weights()  # each module has got a parameter of its own
+    for name, buffer in parts.named_buffers():
+        buffer.copy_(buffers[name])
+    set_model_state_dict(
+        parts, {} if model is None else model.state_dict(),
+        options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
+    )  # fmt: skip
+    return parts
+
+
+def load_parallel(name, dtype, checkpointing, *, ranks, tensor_parallel):
+    """The model of `load` in parts, by transformers' plan of tensor parallelism, and by its plan of
+    FSDP2 where more ranks are left. Each rank reads its own.
+
+    Raises:
+        ModelError: also of embeddings that are the head, for FSDP2: see `spread`.
+    """
+    transformers = _transformers("tensor parallelism")
+    try:
+        config = transformers.distributed.DistributedConfig(
+            tp_size=tensor_parallel, fsdp_size=ranks // tensor_parallel
+        )
+    except (AttributeError, TypeError) as error:
+        raise ModelError(
+            f"transformers {transformers.__version__} has no tensor parallelism of this kind: "
+            "pip install -U transformers"
+        ) from error
+    model, tokenizer = load(name, dtype, checkpointing, distributed_config=config)
+    if config.fsdp_size > 1 and _is_tied(model):
+        raise ModelError(
+            "the model's embedding is its head, too, which tensor_parallel cannot have beside "
+            "FSDP2: leave tensor_parallel out, or make it the number of processes"
+        )
+    return model, tokenizer
+
+
+def _is_tied(model):
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def gathered(model):
+    """All weights of a sharded model, on the CPU of the first rank; nothing on the others. Of a
+    model that is not sharded: None."""
+    if not any(hasattr(p, "full_tensor") for p in model.parameters()):
+        return None
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    # one after the other, so no device has more than one of them whole
+    weights = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    once = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    return {name: tensor for name, tensor in weights.items() if name in once}
+
+
+def save(folder, model, tokenizer=None, weights=None):
+    """Writes what `transformers.AutoModelForCausalLM.from_pretrained(folder)` loads.
+
+    Args:
+        weights: of `gathered`, where the model is sharded.
+    """
+    if weights is not None:
+        generation = model.generation_config
+        with torch.device("meta"):
+            model = _transformers("saving a model").AutoModelForCausalLM.from_config(
+                _plain_config(model.config), dtype=model.dtype
+            )
+        model.generation_config = generation
+    model.save_pretrained(folder, state_dict=weights)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
@@ -84,17 +180,21 @@ def _plain(model):
     The weights of a GGUF file are dequantised when they are loaded, but the mark stays and
     save_pretrained refuses: the weights go into a model built from the configuration alone.
     """
-    config = model.config.to_dict()
-    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
-        config.pop(key, None)
     with torch.device("meta"):
-        plain = type(model)(type(model.config)(**config))
+        plain = type(model)(_plain_config(model.config))
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
     for name, buffer in model.named_buffers():  # not in the state dict, and still on meta
         owner, _, leaf = name.rpartition(".")
         plain.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
     return plain.train()
+
+
+def _plain_config(config):
+    values = config.to_dict()
+    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+        values.pop(key, None)
+    return type(config)(**values)
 
 
 # -- models without weights ------------------------------------------------------------------------
