@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t batch = blockIdx.x / groups, place = blockIdx.x % groups;
   const bool rows = place < t.row_groups;
   const int64_t i = (rows ? place : place - t.row_groups) * kTileCols + threadIdx.x;
-  const int64_t size = rows ? t.rows : t.cols, other = rows ? t.cols : t.rows;
+  const int64_t size = rows ? t.rows : t.cols, other = rows ? t.cols : t.whole_rows;
   const int64_t parts = rows ? t.across : t.down;
   const AdaRule rule = rule_of(args, *t.step);
   float next = 0.0f;
@@ -164,12 +164,24 @@ __global__ void __launch_bounds__(kThreads)
       for (int k = 0; k < kAdaLanes; ++k)
         lane[k] = lane[k] + (first + k < parts ? part[(first + k) * size] : 0.0f);
     }
-    const float mean = add_eight(lane) / float(other);
-    next = rule.moment((rows ? t.row : t.col)[batch * size + i], mean);
-    (rows ? t.new_row : t.new_col)[batch * size + i] = next;
+    const float sum = add_eight(lane);
+    if (!rows && t.told_cols) {
+      t.told_cols[i] = sum;
+    } else {
+      next = rule.moment((rows ? t.row : t.col)[batch * size + i], sum / float(other));
+      (rows ? t.new_row : t.new_col)[batch * size + i] = next;
+    }
   }
   const float sum = add_threads(next);
   if (rows && threadIdx.x == 0) t.means[batch * t.row_groups + place] = sum;
+}
+
+// Of the moments of a matrix's rows; all threads have it.
+__device__ __forceinline__ float row_sum(const AdaItem& t, int64_t batch) {
+  float lane = 0.0f;
+  for (int64_t k = threadIdx.x; k < t.row_groups; k += kThreads)
+    lane = lane + t.means[batch * t.row_groups + k];
+  return add_threads(lane);
 }
 
 // One over the roots of a tile's moments: the rows' over their mean, and this thread's columns'.
@@ -178,10 +190,7 @@ struct TileFactors {
 
   __device__ __forceinline__ TileFactors(const AdaItem& t, const TilePlace& at,
                                          float (&row)[kTileRows]) {
-    float lane = 0.0f;
-    for (int64_t k = threadIdx.x; k < t.row_groups; k += kThreads)
-      lane = lane + t.means[at.batch * t.row_groups + k];
-    const float mean = add_threads(lane) / float(t.rows);
+    const float mean = row_sum(t, at.batch) / float(t.whole_rows);
     __shared__ float columns[kTileCols];
     const int64_t i = at.row + threadIdx.x, j = at.col + threadIdx.x;
     // 0 for what is missing: the updates there are 0, too.
@@ -271,6 +280,20 @@ __global__ void __launch_bounds__(kThreads) ada_sums_kernel(const __grid_constan
   if (threadIdx.x == 0) t.sums[blockIdx.x] = sum;
 }
 
+// One block a part: this rank's sums for the others, of squares and, after the first sweep, of the
+// moments of rows.
+template <int kCapacity>
+__global__ void __launch_bounds__(kThreads)
+    ada_tell_kernel(const __grid_constant__ Table<AdaItem, kCapacity> table) {
+  const AdaItem& t = table.item[blockIdx.x];
+  const float square = add_partials(t.norms, t.tiles);
+  if (threadIdx.x == 0) t.told[0] = square;
+  if (!t.told_cols) return;
+  __syncthreads();  // the shared memory of the sum is used twice
+  const float rows = row_sum(t, 0);
+  if (threadIdx.x == 0) t.told[1] = rows;
+}
+
 // One block a tensor: whether and how far it moves.
 template <int kCapacity>
 __global__ void __launch_bounds__(kThreads)
@@ -280,11 +303,15 @@ __global__ void __launch_bounds__(kThreads)
   const float update_square = add_partials(t.norms, t.tiles);
   __syncthreads();  // the shared memory of the sum is used twice
   const float param_square = add_partials(t.sums, t.tiles);
-  if (threadIdx.x != 0) return;
   const AdaStep step = step_of(args, update_square, param_square, t.numel);
+  const bool made = step.size == step.size;
+  // The columns of a part without rows, which has no tile to write them.
+  if (t.rows == 0 && made)
+    for (int64_t j = threadIdx.x; j < t.cols; j += kThreads) t.col[j] = t.new_col[j];
+  if (threadIdx.x != 0) return;
   t.shrink_and_size[0] = step.shrink;
   t.shrink_and_size[1] = step.size;
-  if (step.size == step.size)
+  if (made)
     *t.step += 1;
   else if (args.found_inf)
     *args.found_inf = 1.0f;
@@ -338,21 +365,20 @@ __global__ void __launch_bounds__(kThreads)
       Vector<4, 8> moments;
       updates_of<G, kFactored>(e, g[i], t, rule, kFactored ? row[r] : 0.0f, col, u, moments);
       Philox random = {};
-      const bool grouped = (e.first & 7) == 0;
+      const uint64_t element = uint64_t(t.offset) + uint64_t(e.first);
+      const bool grouped = (element & 7) == 0;
       EightOf<P> new_p;
       Vector<2, 8> new_low = {};
       if constexpr (R == Rounding::stochastic) {
         if (grouped)
-          random = random_group(update.key, uint32_t(number), uint32_t(t.param_id),
-                                uint64_t(e.first) >> 3);
+          random = random_group(update.key, uint32_t(number), uint32_t(t.param_id), element >> 3);
       }
 #pragma unroll
       for (int k = 0; k < 8; ++k) {
         uint32_t bits = random.word[k / 2] >> (16 * (k & 1));
         if constexpr (R == Rounding::stochastic) {
           if (!grouped)
-            bits = random_element(update.key, uint32_t(number), uint32_t(t.param_id),
-                                  uint64_t(e.first + k));
+            bits = random_element(update.key, uint32_t(number), uint32_t(t.param_id), element + k);
         }
         int16_t rest = int16_t(low[i][k]);
         const auto bits_of_p = stored<P, R>(next(master_of<P, R>(p[i][k], rest), u[k]), rest, bits);

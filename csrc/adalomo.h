@@ -30,18 +30,37 @@ static_assert(kAdaLanes * kTileCols == kNormLanes, "rows of a tile in eight lane
 
 LOMO_HD int64_t parts_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
+// Note [Parts]
+// Several ranks may share one tensor: each has consecutive rows of a matrix, some of many matrices,
+// or a piece of a vector. Tiles, and with them the orders of additions, begin anew in every part.
+// The sums that need the whole tensor are those of the squares of the parameter and of the update,
+// and for rows of a matrix those of each column and of the rows' moments. Every rank writes its own
+// into a message between two sweeps, [square, (rows' moments, columns...)] for each part after the
+// first sweep and [square] after the second; the caller has them added up over the ranks, and a sum
+// of all ranks takes the place of a sum of tiles. So the sweeps below serve parts and whole tensors
+// alike, and a rank that has the whole of a tensor gets the bits of adalomo_update.
+
 // A tensor with its tiles and its scratch memory, as the sweeps see it.
 struct AdaItem : AdaRef {
   int64_t down, across, tiles;       // tiles of a matrix in each direction; of the tensor
   int64_t row_groups, col_groups;    // of kTileCols rows or columns of a matrix
   float *shrink_and_size, *norms;    // [2]; squares of the update [tiles]
-  float *row_parts, *col_parts;      // [batch, across, rows]; [batch, down, cols]
   float *new_row, *new_col, *means;  // [batch, rows]; [batch, cols]; [batch, row_groups]
+  float *row_parts, *col_parts;      // [batch, across, rows]; [batch, down, cols]
+  int64_t offset, whole_rows;        // as in AdaPart
+  float *told, *told_cols;           // where sums for the other ranks go; null: nowhere
 };
 
-inline AdaItem item_of(const AdaRef& ref, int64_t* scratch_size = nullptr) {
-  AdaItem t{ref, 0, 0, 0, 0, 0, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
-  if (t.batch * t.rows * t.cols == 0) t.rows = t.cols = 0;
+struct AdaSizes {
+  int64_t kept, passing;
+};
+
+inline AdaItem item_of(const AdaRef& ref, int64_t whole_rows, int64_t offset, float* passing,
+                       AdaSizes* sizes = nullptr) {
+  AdaItem t{};
+  static_cast<AdaRef&>(t) = ref;
+  t.whole_rows = whole_rows, t.offset = offset;
+  if (t.batch * whole_rows * t.cols == 0) t.rows = t.cols = 0;
   t.down = parts_of(t.rows, kTileRows), t.across = parts_of(t.cols, kTileCols);
   t.tiles = t.batch * t.down * t.across;
   if (t.tiles == 0) t.tiles = 1;  // an empty tensor has a sum, too
@@ -55,13 +74,44 @@ inline AdaItem item_of(const AdaRef& ref, int64_t* scratch_size = nullptr) {
   take(t.shrink_and_size, 2);
   take(t.norms, t.tiles);
   if (t.factored) {
-    take(t.row_parts, t.batch * t.across * t.rows);
-    take(t.col_parts, t.batch * t.down * t.cols);
     take(t.new_row, t.batch * t.rows);
     take(t.new_col, t.batch * t.cols);
     take(t.means, t.batch * t.row_groups);
   }
-  if (scratch_size) *scratch_size = size;
+  const int64_t kept = size;
+  if (passing) next = passing, size = 0;
+  const int64_t before = size;
+  if (t.factored) {
+    take(t.row_parts, t.batch * t.across * t.rows);
+    take(t.col_parts, t.batch * t.down * t.cols);
+  }
+  if (sizes) *sizes = {kept, size - before};
+  return t;
+}
+
+inline AdaItem item_of(const AdaRef& ref) { return item_of(ref, ref.rows, 0, nullptr); }
+
+// A part in the first call, whose sums go into the message.
+inline AdaItem telling(const AdaPart& part, const AdaMessages& messages) {
+  AdaItem t = item_of(part, part.whole_rows, part.offset, part.passing);
+  t.told = messages.statistics + part.slot;
+  if (part.joined) t.told_cols = t.told + 2;
+  return t;
+}
+
+// Its columns afterwards: the sums over the ranks are one part of each column.
+inline AdaItem columns_of(const AdaPart& part, const AdaMessages& messages) {
+  AdaItem t = item_of(part, part.whole_rows, part.offset, nullptr);
+  t.col_parts = messages.statistics + part.slot + 2;
+  t.down = 1, t.row_groups = 0;
+  return t;
+}
+
+// It in the second and third sweep: the sum over the ranks is the one group of rows.
+inline AdaItem told(const AdaPart& part, const AdaMessages& messages) {
+  AdaItem t = item_of(part, part.whole_rows, part.offset, nullptr);
+  if (part.joined) t.means = messages.statistics + part.slot + 1, t.row_groups = 1;
+  t.told = messages.squares + part.number;
   return t;
 }
 

@@ -22,7 +22,7 @@ T* pointer(uintptr_t address) {
 
 // A list of tensors comes as the address of rows of int64 with the layout of the struct.
 static_assert(sizeof(TensorRef) == 6 * sizeof(int64_t) && sizeof(GradRef) == 2 * sizeof(int64_t) &&
-              sizeof(AdaRef) == 14 * sizeof(int64_t));
+              sizeof(AdaRef) == 14 * sizeof(int64_t) && sizeof(AdaPart) == 21 * sizeof(int64_t));
 
 // Binds one update function; `where` are the trailing arguments that say where to run.
 template <typename... Where>
@@ -81,9 +81,8 @@ auto decide(Status (*run)(const DecideArgs&, Where...), const char* name) {
   };
 }
 
-template <typename... Where>
-auto adalomo(Status (*run)(const AdaRef*, int64_t, DType, DType, Rounding, const AdaArgs&,
-                           Where...),
+template <typename Ref, typename... Where>
+auto adalomo(Status (*run)(const Ref*, int64_t, DType, DType, Rounding, const AdaArgs&, Where...),
              const char* name) {
   return [=](uintptr_t rows, int64_t count, int param, int grad, int rounding, double lr,
              double weight_decay, double eps_square, double eps_rms, double clip_threshold,
@@ -104,10 +103,18 @@ auto adalomo(Status (*run)(const AdaRef*, int64_t, DType, DType, Rounding, const
                        pointer<const float>(weights),
                        weights_count};
     const py::gil_scoped_release nogil;
-    raise_if(run(pointer<const AdaRef>(rows), count, DType(param), DType(grad), Rounding(rounding),
+    raise_if(run(pointer<const Ref>(rows), count, DType(param), DType(grad), Rounding(rounding),
                  args, where...),
              name);
   };
+}
+
+Status cpu_adalomo_parts(const AdaPart* t, int64_t count, DType param, DType grad,
+                         Rounding rounding, const AdaArgs& args, int call, uintptr_t statistics,
+                         uintptr_t squares, int threads) {
+  const AdaMessages messages{pointer<float>(statistics), pointer<float>(squares)};
+  return cpu::adalomo_parts(t, count, param, grad, rounding, args, AdaCall(call), messages,
+                            threads);
 }
 
 template <typename... Where>
@@ -139,6 +146,14 @@ Status cuda_adalomo(const AdaRef* t, int64_t count, DType param, DType grad, Rou
   return cuda::adalomo_update(t, count, param, grad, rounding, args, device, pointer<void>(stream));
 }
 
+Status cuda_adalomo_parts(const AdaPart* t, int64_t count, DType param, DType grad,
+                          Rounding rounding, const AdaArgs& args, int call, uintptr_t statistics,
+                          uintptr_t squares, int device, uintptr_t stream) {
+  const AdaMessages messages{pointer<float>(statistics), pointer<float>(squares)};
+  return cuda::adalomo_parts(t, count, param, grad, rounding, args, AdaCall(call), messages, device,
+                             pointer<void>(stream));
+}
+
 Status cuda_adalomo_sums(const AdaRef& t, DType param, int device, uintptr_t stream) {
   return cuda::adalomo_sums(t, param, device, pointer<void>(stream));
 }
@@ -147,7 +162,7 @@ Status cuda_adalomo_sums(const AdaRef& t, DType param, int device, uintptr_t str
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  py::dict dtypes, roundings;
+  py::dict dtypes, roundings, calls;
   dtypes["float32"] = int(DType::float32);
   dtypes["bfloat16"] = int(DType::bfloat16);
   dtypes["float16"] = int(DType::float16);
@@ -155,7 +170,11 @@ PYBIND11_MODULE(_C, m) {
   roundings["stochastic"] = int(Rounding::stochastic);
   roundings["split"] = int(Rounding::split);
   m.attr("dtypes") = dtypes;
+  calls["statistics"] = int(AdaCall::statistics);
+  calls["squares"] = int(AdaCall::squares);
+  calls["update"] = int(AdaCall::update);
   m.attr("roundings") = roundings;
+  m.attr("adalomo_calls") = calls;
   m.attr("norm_chunk") = kNormChunk;
   m.attr("compiler") = LOMO_COMPILER;
 
@@ -164,7 +183,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_decide", decide(&cpu::decide, "decide_ on the CPU"));
   m.def("cpu_adalomo", adalomo(&cpu::adalomo_update, "adalomo_update_ on the CPU"));
   m.def("cpu_adalomo_sums", adalomo_sums(&cpu::adalomo_sums, "adalomo_sums_ on the CPU"));
+  m.def("cpu_adalomo_parts", adalomo(&cpu_adalomo_parts, "AdalomoParts on the CPU"));
   m.def("adalomo_scratch", &adalomo_scratch);
+  m.def("adalomo_kept", &adalomo_kept);
   m.def("cpu_instruction_set", &cpu::instruction_set);
   m.def("cpu_use_instruction_set", &cpu::use_instruction_set);
 
@@ -175,6 +196,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_sumsq", sumsq(&cuda_sumsq, "grad_sumsq_ on CUDA"));
   m.def("cuda_decide", decide(&cuda_decide, "decide_ on CUDA"));
   m.def("cuda_adalomo", adalomo(&cuda_adalomo, "adalomo_update_ on CUDA"));
+  m.def("cuda_adalomo_parts", adalomo(&cuda_adalomo_parts, "AdalomoParts on CUDA"));
   m.def("cuda_adalomo_sums", adalomo_sums(&cuda_adalomo_sums, "adalomo_sums_ on CUDA"));
   m.def("cuda_device_count", [] {
     int count = 0;

@@ -11,12 +11,22 @@
 
 namespace lomo {
 
-int64_t adalomo_scratch(int64_t batch, int64_t rows, int64_t cols, bool factored) {
+static AdaSizes adalomo_sizes(int64_t batch, int64_t rows, int64_t cols, bool factored,
+                              int64_t whole_rows) {
   AdaRef ref{};
   ref.batch = batch, ref.rows = rows, ref.cols = cols, ref.factored = factored;
-  int64_t size;
-  item_of(ref, &size);
-  return size;
+  AdaSizes sizes;
+  item_of(ref, whole_rows, 0, nullptr, &sizes);
+  return sizes;
+}
+
+int64_t adalomo_scratch(int64_t batch, int64_t rows, int64_t cols, bool factored) {
+  const AdaSizes sizes = adalomo_sizes(batch, rows, cols, factored, rows);
+  return sizes.kept + sizes.passing;
+}
+
+int64_t adalomo_kept(int64_t batch, int64_t rows, int64_t cols, bool factored, int64_t whole_rows) {
+  return adalomo_sizes(batch, rows, cols, factored, whole_rows).kept;
 }
 
 }  // namespace lomo
@@ -101,9 +111,68 @@ class Items {
   int64_t size_, elements_ = 0;
 };
 
-float total(const Loops& loops, const float* partials, int64_t count) {
-  return count == 1 ? *partials : loops.sum_partials(partials, count);
-}
+struct AdaFormats {
+  DType param, grad;
+  Rounding rounding;
+};
+
+// AdaLomo's sweeps over one tensor, or over a part of it.
+struct AdaSweeps {
+  const AdaItem t;
+  const AdaFormats& formats;
+  const AdaArgs& args;
+  const int threads;
+  const AdaRule rule;
+  const Loops& loops;
+
+  AdaSweeps(const AdaItem& item, const AdaFormats& f, const AdaArgs& a, int max_threads)
+      : t(item),
+        formats(f),
+        args(a),
+        threads(max_threads),
+        rule(rule_of(a, *item.step)),
+        loops(*chosen().loops) {}
+
+  template <typename F>
+  void for_tiles(const F& run) const {
+    parallel_for(t.tiles, t.numel, threads, run);
+  }
+
+  void statistics() const {
+    for_tiles([&](int64_t tile) { loops.ada_stats(formats.grad, t, tile, rule); });
+  }
+
+  void moments() const {
+    const int64_t parts = t.batch * (t.across * t.rows + t.down * t.cols);
+    parallel_for(t.batch * (t.row_groups + t.col_groups), parts, threads,
+                 [&](int64_t group) { loops.ada_moments(t, group, rule); });
+  }
+
+  void norm() const {
+    for_tiles([&](int64_t tile) { loops.ada_norm(formats.grad, t, tile, rule); });
+  }
+
+  float total(const float* tiles) const {
+    return t.tiles == 1 ? *tiles : loops.sum_partials(tiles, t.tiles);
+  }
+
+  void update(float update_square, float param_square, int64_t numel) const {
+    const AdaStep step = step_of(args, update_square, param_square, numel);
+    if (step.size != step.size) {
+      if (args.found_inf) *args.found_inf = 1.0f;
+      return;
+    }
+    const PhiloxKey key(args.seed);
+    for_tiles([&](int64_t tile) {
+      loops.ada_update(formats.param, formats.grad, formats.rounding, t, tile, rule, step, key);
+    });
+    if (t.factored) {
+      std::copy_n(t.new_row, t.batch * t.rows, t.row);
+      std::copy_n(t.new_col, t.batch * t.cols, t.col);
+    }
+    *t.step += 1;
+  }
+};
 
 }  // namespace
 
@@ -171,32 +240,46 @@ Status grad_sumsq(const GradRef* grads, int64_t count, DType grad, const SumsqAr
 
 Status adalomo_update(const AdaRef* tensors, int64_t count, DType param, DType grad,
                       Rounding rounding, const AdaArgs& args, int threads) {
-  const PhiloxKey key(args.seed);
-  const Loops& loops = *chosen().loops;
+  const AdaFormats formats{param, grad, rounding};
   for (int64_t k = 0; k < count; ++k) {
-    const AdaItem t = item_of(tensors[k]);
-    const AdaRule rule = rule_of(args, *t.step);
-    const auto for_tiles = [&](const auto& run) { parallel_for(t.tiles, t.numel, threads, run); };
+    const AdaSweeps sweeps(item_of(tensors[k]), formats, args, threads);
+    const AdaItem& t = sweeps.t;
     if (t.factored) {
-      for_tiles([&](int64_t tile) { loops.ada_stats(grad, t, tile, rule); });
-      const int64_t parts = t.batch * (t.across * t.rows + t.down * t.cols);
-      parallel_for(t.batch * (t.row_groups + t.col_groups), parts, threads,
-                   [&](int64_t group) { loops.ada_moments(t, group, rule); });
+      sweeps.statistics();
+      sweeps.moments();
     }
-    for_tiles([&](int64_t tile) { loops.ada_norm(grad, t, tile, rule); });
-    const AdaStep step =
-        step_of(args, total(loops, t.norms, t.tiles), total(loops, t.sums, t.tiles), t.numel);
-    if (step.size != step.size) {
-      if (args.found_inf) *args.found_inf = 1.0f;
+    sweeps.norm();
+    sweeps.update(sweeps.total(t.norms), sweeps.total(t.sums), t.numel);
+  }
+  return nullptr;
+}
+
+Status adalomo_parts(const AdaPart* parts, int64_t count, DType param, DType grad,
+                     Rounding rounding, const AdaArgs& args, AdaCall call,
+                     const AdaMessages& messages, int threads) {
+  const AdaFormats formats{param, grad, rounding};
+  for (int64_t k = 0; k < count; ++k) {
+    const AdaPart& part = parts[k];
+    if (call == AdaCall::statistics) {
+      const AdaSweeps sweeps(telling(part, messages), formats, args, threads);
+      const AdaItem& t = sweeps.t;
+      if (t.factored) {
+        sweeps.statistics();
+        sweeps.moments();
+      }
+      t.told[0] = sweeps.total(t.sums);
+      if (part.joined) t.told[1] = sweeps.loops.ada_row_sum(t, 0);
       continue;
     }
-    for_tiles(
-        [&](int64_t tile) { loops.ada_update(param, grad, rounding, t, tile, rule, step, key); });
-    if (t.factored) {
-      std::copy_n(t.new_row, t.batch * t.rows, t.row);
-      std::copy_n(t.new_col, t.batch * t.cols, t.col);
+    const AdaSweeps sweeps(told(part, messages), formats, args, threads);
+    const AdaItem& t = sweeps.t;
+    if (call == AdaCall::update) {
+      sweeps.update(*t.told, messages.statistics[part.slot], part.whole_numel);
+      continue;
     }
-    *t.step += 1;
+    if (part.joined) AdaSweeps(columns_of(part, messages), formats, args, threads).moments();
+    sweeps.norm();
+    *t.told = sweeps.total(t.norms);
   }
   return nullptr;
 }

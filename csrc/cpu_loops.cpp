@@ -242,16 +242,27 @@ void ada_moments(const AdaItem& t, int64_t group, const AdaRule& rule) {
   const int64_t place = group % groups;
   const bool rows = place < t.row_groups;
   const int64_t begin = (rows ? place : place - t.row_groups) * kTileCols;
-  const int64_t size = rows ? t.rows : t.cols, other = rows ? t.cols : t.rows;
+  const int64_t size = rows ? t.rows : t.cols, other = rows ? t.cols : t.whole_rows;
   const int64_t parts = rows ? t.across : t.down;
   const int count = int(size - begin < kTileCols ? size - begin : kTileCols);
   float sums[kTileCols], next[kTileCols] = {};
   add_parts((rows ? t.row_parts : t.col_parts) + batch * parts * size + begin, parts, size, count,
             sums);
+  if (!rows && t.told_cols) {
+    std::memcpy(t.told_cols + begin, sums, count * sizeof *sums);
+    return;
+  }
   const float* const before = (rows ? t.row : t.col) + batch * size + begin;
   float* const out = (rows ? t.new_row : t.new_col) + batch * size + begin;
   for (int j = 0; j < count; ++j) out[j] = next[j] = rule.moment(before[j], sums[j] / float(other));
   if (rows) t.means[batch * t.row_groups + place] = add_neighbours(next);
+}
+
+float ada_row_sum(const AdaItem& t, int64_t batch) {
+  float lanes[kTileCols] = {};
+  for (int64_t k = 0; k < t.row_groups; ++k)
+    lanes[k % kTileCols] = lanes[k % kTileCols] + t.means[batch * t.row_groups + k];
+  return add_neighbours(lanes);
 }
 
 // One over the roots of a tile's moments: the rows' over their mean, and the columns'.
@@ -259,10 +270,7 @@ struct Factors {
   float row[kTileRows], col[kTileCols];
 
   Factors(const AdaItem& t, const TilePlace& at) {
-    float lanes[kTileCols] = {};
-    for (int64_t k = 0; k < t.row_groups; ++k)
-      lanes[k % kTileCols] = lanes[k % kTileCols] + t.means[at.batch * t.row_groups + k];
-    const float mean = add_neighbours(lanes) / float(t.rows);
+    const float mean = ada_row_sum(t, at.batch) / float(t.whole_rows);
     for (int r = 0; r < kTileRows && at.row + r < t.rows; ++r)
       row[r] = inverse_root(t.new_row[at.batch * t.rows + at.row + r] / mean);
     for (int j = 0; j < kTileCols && at.col + j < t.cols; ++j)
@@ -348,9 +356,10 @@ void ada_update_of(const AdaItem& t, int64_t tile, const AdaRule& rule, const Ad
                  [&](int r, int64_t first, int count, const float* update, const float* moments) {
                    auto* p = static_cast<typename P::Bits*>(t.param) + first;
                    auto* low = static_cast<int16_t*>(t.low) + (R == Rounding::split ? first : 0);
-                   const int shift = int(first & 7);
+                   const uint64_t element = uint64_t(t.offset) + uint64_t(first);
+                   const int shift = int(element & 7);
                    if constexpr (R == Rounding::stochastic)
-                     random.draw(key, number, uint32_t(t.param_id), uint64_t(first), shift + count);
+                     random.draw(key, number, uint32_t(t.param_id), element, shift + count);
                    const uint16_t* const rb = random.element + shift;
                    float* const lane = lanes[r % kAdaLanes];
 #pragma GCC ivdep
@@ -377,7 +386,7 @@ void ada_update(DType param, DType grad, Rounding rounding, const AdaItem& t, in
 
 }  // namespace
 
-const Loops LOMO_LOOPS = {update,      sumsq_chunk, sum_partials, ada_stats,
-                          ada_moments, ada_norm,    ada_sums,     ada_update};
+const Loops LOMO_LOOPS = {update,      sumsq_chunk, sum_partials, ada_stats, ada_moments,
+                          ada_row_sum, ada_norm,    ada_sums,     ada_update};
 
 }  // namespace lomo::cpu

@@ -18,6 +18,7 @@ struct Loops {
   // AdaLomo, a tile or a group of rows or columns at a time (adalomo.h, Note [Tiles]).
   void (*ada_stats)(DType grad, const AdaItem&, int64_t tile, const AdaRule&);
   void (*ada_moments)(const AdaItem&, int64_t group, const AdaRule&);
+  float (*ada_row_sum)(const AdaItem&, int64_t batch);  // of the moments of a matrix's rows
   void (*ada_norm)(DType grad, const AdaItem&, int64_t tile, const AdaRule&);
   void (*ada_sums)(DType param, const AdaItem&, int64_t tile);
   void (*ada_update)(DType param, DType grad, Rounding, const AdaItem&, int64_t tile,

@@ -109,39 +109,105 @@ Status sumsq_of(const GradRef* grads, int64_t count, const SumsqArgs& args, cuda
   return for_fitting_tables(grads, count, itself, run);
 }
 
-// Rows and columns have kernels of their own, one tensor at a time; what is small, as tensors of
-// less than two dimensions are in most models, shares launches.
-template <typename P, typename G, Rounding R>
-Status adalomo_of(const AdaRef* tensors, int64_t count, const AdaArgs& args, cudaStream_t stream) {
-  const AdaUpdate update(args);
-  std::vector<AdaRef> together;
-  const auto sweep = [&](const auto& table, int64_t blocks, auto factored) {
-    constexpr int kCapacity = std::decay_t<decltype(table)>::capacity;
-    launch(ada_norm_kernel<G, factored.value, kCapacity>, blocks, stream, table, args);
-    launch(ada_step_kernel<kCapacity>, table.count, stream, table, args);
-    launch(ada_update_kernel<P, G, R, factored.value, kCapacity>, blocks, stream, table, update);
-  };
-  const auto one = [](const AdaRef& ref) { return item_of(ref); };
+template <typename G>
+void statistics(const AdaItem& t, const AdaArgs& args, cudaStream_t stream) {
+  const bool clips = args.clip_value < INFINITY;
+  launch(clips ? ada_stats_kernel<G, true> : ada_stats_kernel<G, false>, t.tiles, stream, t, args);
+}
+
+void moments(const AdaItem& t, const AdaArgs& args, cudaStream_t stream) {
+  const int64_t groups = t.batch * (t.row_groups + t.col_groups);
+  if (groups > 0) launch(ada_moments_kernel, groups, stream, t, args);
+}
+
+// Calls sweep(table, blocks, whether it is a matrix) for a list. Rows and columns have kernels of
+// their own, one tensor at a time; what is small, as tensors of less than two dimensions are in
+// most models, shares launches.
+template <typename Ref, typename ItemOf, typename Sweep>
+Status for_kinds(const Ref* tensors, int64_t count, const ItemOf& item_of, const Sweep& sweep) {
+  std::vector<Ref> together;
   for (int64_t k = 0; k < count; ++k) {
     if (!tensors[k].factored) {
       together.push_back(tensors[k]);
       continue;
     }
-    const Status status =
-        for_tables<1>(&tensors[k], 1, one, [&](const auto& table, int64_t blocks, int64_t) {
-          const AdaItem& t = table.item[0];
-          const bool clips = args.clip_value < INFINITY;
-          launch(clips ? ada_stats_kernel<G, true> : ada_stats_kernel<G, false>, blocks, stream, t,
-                 args);
-          const int64_t groups = t.batch * (t.row_groups + t.col_groups);
-          if (groups > 0) launch(ada_moments_kernel, groups, stream, t, args);
-          sweep(table, blocks, std::true_type());
-        });
+    const auto run = [&](const auto& table, int64_t blocks, int64_t) {
+      sweep(table, blocks, std::true_type());
+    };
+    const Status status = for_tables<1>(&tensors[k], 1, item_of, run);
     if (status) return status;
   }
-  return for_tables<kAdaMany>(
-      together.data(), int64_t(together.size()), one,
-      [&](const auto& table, int64_t blocks, int64_t) { sweep(table, blocks, std::false_type()); });
+  const auto run = [&](const auto& table, int64_t blocks, int64_t) {
+    sweep(table, blocks, std::false_type());
+  };
+  return for_tables<kAdaMany>(together.data(), int64_t(together.size()), item_of, run);
+}
+
+template <typename P, typename G, Rounding R>
+Status adalomo_of(const AdaRef* tensors, int64_t count, const AdaArgs& args, cudaStream_t stream) {
+  const AdaUpdate update(args);
+  const auto whole = [](const AdaRef& ref) { return item_of(ref); };
+  return for_kinds(tensors, count, whole, [&](const auto& table, int64_t blocks, auto factored) {
+    constexpr int kCapacity = std::decay_t<decltype(table)>::capacity;
+    if constexpr (factored.value) {
+      statistics<G>(table.item[0], args, stream);
+      moments(table.item[0], args, stream);
+    }
+    launch(ada_norm_kernel<G, factored.value, kCapacity>, blocks, stream, table, args);
+    launch(ada_step_kernel<kCapacity>, table.count, stream, table, args);
+    launch(ada_update_kernel<P, G, R, factored.value, kCapacity>, blocks, stream, table, update);
+  });
+}
+
+template <typename P, typename G, Rounding R>
+Status adalomo_parts_of(const AdaPart* parts, int64_t count, const AdaArgs& args, AdaCall call,
+                        const AdaMessages& messages, cudaStream_t stream) {
+  const auto tell = [&](const auto& item_of) {
+    return for_tables<kAdaMany>(parts, count, item_of, [&](const auto& table, int64_t, int64_t) {
+      launch(ada_tell_kernel<kAdaMany>, table.count, stream, table);
+    });
+  };
+  const auto told_of = [&](const AdaPart& part) { return told(part, messages); };
+  if (call == AdaCall::statistics) {
+    for (int64_t k = 0; k < count; ++k) {
+      if (!parts[k].factored) continue;
+      const AdaItem t = telling(parts[k], messages);
+      if (t.tiles > kMaxBlocks) return kTooLarge;
+      if (t.numel > 0) statistics<G>(t, args, stream);
+      moments(t, args, stream);
+    }
+    return tell([&](const AdaPart& part) {
+      AdaItem t = telling(part, messages);
+      t.norms = t.sums;
+      return t;
+    });
+  }
+  if (call == AdaCall::squares) {
+    for (int64_t k = 0; k < count; ++k)
+      if (parts[k].joined) moments(columns_of(parts[k], messages), args, stream);
+    const Status status =
+        for_kinds(parts, count, told_of, [&](const auto& table, int64_t blocks, auto factored) {
+          constexpr int kCapacity = std::decay_t<decltype(table)>::capacity;
+          launch(ada_norm_kernel<G, factored.value, kCapacity>, blocks, stream, table, args);
+        });
+    return status ? status : tell(told_of);
+  }
+  const auto step_of_part = [&](const AdaPart& part) {
+    AdaItem t = told(part, messages);
+    t.norms = t.told, t.sums = messages.statistics + part.slot;
+    t.tiles = 1, t.numel = part.whole_numel;
+    return t;
+  };
+  const Status status =
+      for_tables<kAdaMany>(parts, count, step_of_part, [&](const auto& table, int64_t, int64_t) {
+        launch(ada_step_kernel<kAdaMany>, table.count, stream, table, args);
+      });
+  if (status) return status;
+  const AdaUpdate update(args);
+  return for_kinds(parts, count, told_of, [&](const auto& table, int64_t blocks, auto factored) {
+    constexpr int kCapacity = std::decay_t<decltype(table)>::capacity;
+    launch(ada_update_kernel<P, G, R, factored.value, kCapacity>, blocks, stream, table, update);
+  });
 }
 
 }  // namespace
@@ -190,6 +256,17 @@ Status adalomo_update(const AdaRef* tensors, int64_t count, DType param, DType g
   return dispatch_rounded(param, grad, rounding, [&](auto p, auto g, auto r) {
     return adalomo_of<decltype(p), decltype(g), decltype(r)::value>(
         tensors, count, args, static_cast<cudaStream_t>(stream));
+  });
+}
+
+Status adalomo_parts(const AdaPart* parts, int64_t count, DType param, DType grad,
+                     Rounding rounding, const AdaArgs& args, AdaCall call,
+                     const AdaMessages& messages, int device, void* stream) {
+  const OnDevice guard(device);
+  if (guard.error() != cudaSuccess) return text(guard.error());
+  return dispatch_rounded(param, grad, rounding, [&](auto p, auto g, auto r) {
+    return adalomo_parts_of<decltype(p), decltype(g), decltype(r)::value>(
+        parts, count, args, call, messages, static_cast<cudaStream_t>(stream));
   });
 }
 

@@ -80,6 +80,28 @@ struct AdaArgs {
 
 int64_t adalomo_scratch(int64_t batch, int64_t rows, int64_t cols, bool factored);
 
+// What one rank has of a tensor: consecutive rows of a matrix, some of many matrices, a piece of a
+// vector (adalomo.h, Note [Parts]). What is of the whole tensor is called so.
+struct AdaPart : AdaRef {
+  float* passing;  // memory for the first call alone, which all parts may share
+  int64_t offset;  // global index of the first element
+  int64_t whole_rows, whole_numel;
+  int64_t joined;        // rows of a matrix: other ranks have more of its columns and its mean row
+  int64_t slot, number;  // in the first message and in the second
+};
+
+// Of its scratch memory what has to stay from call to call. The rest of adalomo_scratch() passes.
+int64_t adalomo_kept(int64_t batch, int64_t rows, int64_t cols, bool factored, int64_t whole_rows);
+
+enum class AdaCall : int { statistics = 0, squares = 1, update = 2 };
+
+// The messages of the ranks. Each call writes this rank's sums into one of them (`statistics` the
+// first, `squares` the second) and reads what was written by the calls before, by then added up
+// over the ranks.
+struct AdaMessages {
+  float *statistics, *squares;
+};
+
 // The scalars of a step on one device: one float each, in one piece of memory.
 enum Decision {
   kInvScale,
@@ -114,6 +136,8 @@ Status grad_sumsq(const GradRef*, int64_t count, DType grad, const SumsqArgs&, i
 Status decide(const DecideArgs&);
 Status adalomo_update(const AdaRef*, int64_t count, DType param, DType grad, Rounding,
                       const AdaArgs&, int threads);
+Status adalomo_parts(const AdaPart*, int64_t count, DType param, DType grad, Rounding,
+                     const AdaArgs&, AdaCall, const AdaMessages&, int threads);
 Status adalomo_sums(const AdaRef&, DType param, int threads);
 
 // The loops are compiled for several instruction sets; the best one this processor has is used.
@@ -131,6 +155,8 @@ Status grad_sumsq(const GradRef*, int64_t count, DType grad, const SumsqArgs&, i
 Status decide(const DecideArgs&, int device, void* stream);
 Status adalomo_update(const AdaRef*, int64_t count, DType param, DType grad, Rounding,
                       const AdaArgs&, int device, void* stream);
+Status adalomo_parts(const AdaPart*, int64_t count, DType param, DType grad, Rounding,
+                     const AdaArgs&, AdaCall, const AdaMessages&, int device, void* stream);
 Status adalomo_sums(const AdaRef&, DType param, int device, void* stream);
 }  // namespace cuda
 

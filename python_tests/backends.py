@@ -65,6 +65,7 @@ def _cuda_in_place_of_cpu(real):
             "cpu_update": lambda *args: cuda.cuda_update(*args[:-1], 0, 0),
             "cpu_sumsq": lambda *args: cuda.cuda_sumsq(*args[:-1], 0, 0),
             "cpu_adalomo": lambda *args: cuda.cuda_adalomo(*args[:-1], 0, 0),
+            "cpu_adalomo_parts": lambda *args: cuda.cuda_adalomo_parts(*args[:-1], 0, 0),
             "cpu_adalomo_sums": lambda *args: cuda.cuda_adalomo_sums(*args[:-1], 0, 0),
             "cpu_decide": lambda *args: cuda.cuda_decide(*args, 0, 0),
         }

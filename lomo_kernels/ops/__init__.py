@@ -16,6 +16,7 @@ from .adalomo import (
     adalomo_sums_,
     adalomo_update_,
 )
+from .adalomo_parts import AdalomoParts
 from .backends import BACKENDS, build_info, pick_backend, unavailable
 from .checks import DTYPES, ROUNDINGS
 from .product_sumsq import gram_is_cheaper, product_sumsq_
@@ -26,6 +27,7 @@ __all__ = [
     "DECISIONS",
     "DTYPES",
     "ROUNDINGS",
+    "AdalomoParts",
     "adalomo_state",
     "adalomo_sums_",
     "adalomo_update_",

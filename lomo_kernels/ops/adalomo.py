@@ -8,7 +8,7 @@ import torch
 
 from . import checks
 from .backends import pick_backend
-from .reference import Tiles
+from .reference import Part, Tiles
 
 LAST_STEP = 1 << 20
 
@@ -26,6 +26,7 @@ class Item(NamedTuple):
     sums: torch.Tensor
     param_id: int
     tiles: Tiles
+    part: Part
 
 
 def adalomo_state_shapes(param):
@@ -144,73 +145,107 @@ def adalomo_update_(
         param_ids = (0 if param_id is None else param_id,)
     else:
         params = list(param)
-        grads = checks.as_list("grad", grad, len(params))
-        states = checks.as_list("state", state, len(params))
-        lows = checks.as_list("low", low, len(params), [None] * len(params))
-        all_sums = checks.as_list("sums", sums, len(params), [None] * len(params))
-        param_ids = checks.as_list("param_id", param_id, len(params), range(len(params)))
-
-    clip_value = checks.check_options(lr, weight_decay, clip_value, rounding, seed)
-    check_adalomo(eps, clip_threshold, decay_rate)
-    if not params:
-        return
-    checks.check_tensor("param", params[0])
-    device = params[0].device
-    checks.check_scalars(device, inv_scale, clip_coef, found_inf, skip)
-
-    groups, copied = {}, []
-    for p, g, own, low, sums, param_id in zip(params, grads, states, lows, all_sums, param_ids):
-        checks.check_pair(p, g, device)
-        checks.check_integer("param_id", param_id, 2**32)
-        tiles = Tiles.of(p.shape)
-        _check_state(own, p)
-        if sums is not None:
-            _check_sums("sums", sums, p, tiles)
-        rule = "nearest" if p.dtype is torch.float32 else rounding
-        if rule == "split":
-            checks.check_low(low, p)
-        groups.setdefault((p.dtype, g.dtype, rule), []).append((p, g, own, low, sums, param_id))
-
-    wide = checks.widest(inv_scale, clip_coef, found_inf, skip, *all_sums)
-    module = pick_backend(device, backend, wide)
-    weights = adalomo_weights(device, decay_rate)
-    for (_, _, rule), rows in groups.items():
-        items = []
-        for p, g, own, low, sums, param_id in rows:
-            dense, low = p.detach(), low if rule == "split" else None
-            if not p.is_contiguous():
-                dense, dense_low = dense.contiguous(), None if low is None else low.contiguous()
-                copied.append((p, dense, low, dense_low))
-                low = dense_low
-            items.append(
-                Item(
-                    dense, g.contiguous(), own.get("exp_avg_sq_row"), own.get("exp_avg_sq_col"),
-                    own.get("exp_avg_sq"), own["step"], low,
-                    adalomo_sums_(p, backend=backend) if sums is None else sums, param_id,
-                    Tiles.of(p.shape),
-                )
-            )  # fmt: skip
-        module.adalomo_update_(
-            items,
-            lr=checks.float32(lr),
-            weight_decay=checks.float32(weight_decay),
-            eps=tuple(map(checks.float32, eps)),
-            clip_threshold=checks.float32(clip_threshold),
-            clip_value=checks.float32(clip_value),
-            seed=seed,
-            rounding=rule,
-            weights=weights,
-            inv_scale=inv_scale,
-            clip_coef=clip_coef,
-            found_inf=found_inf,
-            skip=skip,
+        grads, states, lows, all_sums, param_ids = as_lists(
+            len(params), grad, state, low, sums, param_id
         )
-    with torch.no_grad():
-        for p, dense, low, dense_low in copied:
+    update = Update(
+        params, grads, states, lows, all_sums, param_ids, None, lr, weight_decay, eps,
+        clip_threshold, decay_rate, inv_scale, clip_value, clip_coef, found_inf, skip, rounding,
+        seed, backend,
+    )  # fmt: skip
+    for items, options in update.groups:
+        update.module.adalomo_update_(items, **options)
+    update.finish()
+
+
+def as_lists(length, grad, state, low, sums, param_id):
+    """What comes beside a sequence of parameters of that length."""
+    return (
+        checks.as_list("grad", grad, length),
+        checks.as_list("state", state, length),
+        checks.as_list("low", low, length, [None] * length),
+        checks.as_list("sums", sums, length, [None] * length),
+        checks.as_list("param_id", param_id, length, range(length)),
+    )
+
+
+class Update:
+    """The arguments of an update, checked: a backend's module, and `groups`, the pairs of items
+    and options that it gets. `finish()` when they are written."""
+
+    def __init__(
+        self, params, grads, states, lows, all_sums, param_ids, parts, lr, weight_decay, eps,
+        clip_threshold, decay_rate, inv_scale, clip_value, clip_coef, found_inf, skip, rounding,
+        seed, backend,
+    ):  # fmt: skip
+        clip_value = checks.check_options(lr, weight_decay, clip_value, rounding, seed)
+        check_adalomo(eps, clip_threshold, decay_rate)
+        self.groups, self._params, self._copied = [], params, []
+        if not params:
+            return
+        checks.check_tensor("param", params[0])
+        device = params[0].device
+        checks.check_scalars(device, inv_scale, clip_coef, found_inf, skip)
+        if parts is None:
+            parts = [None] * len(params)
+
+        rules = {}
+        for p, g, own, low, sums, param_id, part in zip(
+            params, grads, states, lows, all_sums, param_ids, parts
+        ):
+            checks.check_pair(p, g, device)
+            checks.check_integer("param_id", param_id, 2**32)
+            tiles = Tiles.of(p.shape)
+            _check_state(own, p)
+            if sums is not None:
+                _check_sums("sums", sums, p, tiles)
+            rule = "nearest" if p.dtype is torch.float32 else rounding
+            if rule == "split":
+                checks.check_low(low, p)
+            rows = rules.setdefault((p.dtype, g.dtype, rule), [])
+            rows.append((p, g, own, low, sums, param_id, tiles, part or Part(p.shape)))
+
+        wide = checks.widest(inv_scale, clip_coef, found_inf, skip, *all_sums)
+        self.module = pick_backend(device, backend, wide)
+        options = {
+            "lr": checks.float32(lr),
+            "weight_decay": checks.float32(weight_decay),
+            "eps": tuple(map(checks.float32, eps)),
+            "clip_threshold": checks.float32(clip_threshold),
+            "clip_value": checks.float32(clip_value),
+            "seed": seed,
+            "weights": adalomo_weights(device, decay_rate),
+            "inv_scale": inv_scale,
+            "clip_coef": clip_coef,
+            "found_inf": found_inf,
+            "skip": skip,
+        }
+        for (_, _, rule), rows in rules.items():
+            items = []
+            for p, g, own, low, sums, param_id, tiles, part in rows:
+                dense, low = p.detach(), low if rule == "split" else None
+                if not p.is_contiguous():
+                    dense, dense_low = dense.contiguous(), None if low is None else low.contiguous()
+                    self._copied.append((p, dense, low, dense_low))
+                    low = dense_low
+                items.append(
+                    Item(
+                        dense, g.contiguous(), own.get("exp_avg_sq_row"), own.get("exp_avg_sq_col"),
+                        own.get("exp_avg_sq"), own["step"], low,
+                        adalomo_sums_(p, backend=backend) if sums is None else sums, param_id,
+                        tiles, part,
+                    )
+                )  # fmt: skip
+            self.groups.append((items, {"rounding": rule, **options}))
+
+    @torch.no_grad()
+    def finish(self):
+        """Copies back what was not contiguous, and tells autograd what was written."""
+        for p, dense, low, dense_low in self._copied:
             p.copy_(dense)
             if low is not None:
                 low.copy_(dense_low)
-    torch.autograd.graph.increment_version(params)
+        torch.autograd.graph.increment_version(self._params)
 
 
 def check_adalomo(eps, clip_threshold, decay_rate):

@@ -121,10 +121,7 @@ def adalomo_scratch(tiles):
     return sizes, shared, sum(s for s, each in zip(sizes, tiles) if not each.factored)
 
 
-def adalomo_update_(
-    items, *, lr, weight_decay, eps, clip_threshold, clip_value, seed, rounding, weights,
-    inv_scale, clip_coef, found_inf, skip,
-):  # fmt: skip
+def adalomo_update_(items, *, weights, **options):
     sizes, shared, own = adalomo_scratch([item.tiles for item in items])
     scratch = weights.new_empty(shared + own)
     rows, place = array("q"), scratch.data_ptr() + 4 * shared
@@ -132,14 +129,55 @@ def adalomo_update_(
         factored = item.tiles.factored
         rows.extend(_row_of(item, scratch.data_ptr() if factored else place))
         place += 0 if factored else 4 * size
-    device = weights.device
-    run = _C.cpu_adalomo if device.type == "cpu" else _C.cuda_adalomo
+    run = _C.cpu_adalomo if weights.device.type == "cpu" else _C.cuda_adalomo
+    _run_adalomo(run, rows, items, (), weights, **options)
+
+
+def _run_adalomo(
+    run, rows, items, more, weights, *, lr, weight_decay, eps, clip_threshold, clip_value, seed,
+    rounding, inv_scale, clip_coef, found_inf, skip,
+):  # fmt: skip
     run(
         rows.buffer_info()[0], len(items), _DTYPE[items[0].param.dtype],
         _DTYPE[items[0].grad.dtype], _ROUNDING[rounding], lr, weight_decay, *eps, clip_threshold,
         clip_value, seed, _address(inv_scale), _address(clip_coef), _address(found_inf),
-        _address(skip), weights.data_ptr(), len(weights), *_where(device),
+        _address(skip), weights.data_ptr(), len(weights), *more, *_where(weights.device),
     )  # fmt: skip
+
+
+def _parts_call(call, rows, items, statistics, squares, *, weights, **options):
+    run = _C.cpu_adalomo_parts if weights.device.type == "cpu" else _C.cuda_adalomo_parts
+    more = (_C.adalomo_calls[call], statistics.data_ptr(), _address(squares))
+    _run_adalomo(run, rows, items, more, weights, **options)
+
+
+def adalomo_statistics_(out, items, *, weights, **options):
+    """Returns what the other calls get as `kept`: csrc/kernels.h, AdaPart, and their memory."""
+    sizes, passing = [], 0
+    for item in items:
+        tiles, whole = item.tiles, item.tiles.rows
+        passing = max(passing, _C.adalomo_scratch(*tiles) - _C.adalomo_kept(*tiles, whole))
+        sizes.append(_C.adalomo_kept(*tiles, item.part.shape[0] if item.part.joined else whole))
+    kept, once = weights.new_empty(sum(sizes)), weights.new_empty(passing)
+    rows, place = array("q"), kept.data_ptr()
+    for item, size in zip(items, sizes):
+        part = item.part
+        rows.extend(_row_of(item, place))
+        rows.extend(
+            (once.data_ptr(), part.offset, part.shape[0] if part.joined else item.tiles.rows,
+             part.shape.numel(), part.joined, part.slot, part.number)
+        )  # fmt: skip
+        place += 4 * size
+    _parts_call("statistics", rows, items, out, None, weights=weights, **options)
+    return rows, kept
+
+
+def adalomo_squares_(out, items, kept, statistics, **options):
+    _parts_call("squares", kept[0], items, statistics, out, **options)
+
+
+def adalomo_parts_update_(items, kept, statistics, squares, **options):
+    _parts_call("update", kept[0], items, statistics, squares, **options)
 
 
 def adalomo_sums_(sums, param, tiles):

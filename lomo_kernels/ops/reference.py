@@ -215,6 +215,26 @@ def decide_(
     out.copy_(torch.stack((one / scale, one, zero, zero, zero, scale, tracker, stuck)))
 
 
+class Part(NamedTuple):
+    """What an item is of a tensor, and where its sums are in the messages (csrc/adalomo.h, Note
+    [Parts])."""
+
+    shape: torch.Size  # of the whole tensor
+    offset: int = 0  # of its first element in it
+    slot: int = 0  # in the first message
+    number: int = 0  # in the second
+
+    @property
+    def joined(self):
+        """Rows of a matrix: other ranks have more of its columns and of its mean row."""
+        return len(self.shape) == 2 and self.shape.numel() > 0
+
+    @property
+    def length(self):
+        """Of its statistics."""
+        return 2 + self.shape[1] if self.joined else 1
+
+
 class Tiles(NamedTuple):
     """How AdaLomo's reductions see a tensor (csrc/adalomo.h, Note [Tiles])."""
 
@@ -261,6 +281,8 @@ def _add_eight(x):
 
 def _sums_of_squares(x, tiles):
     """Of each row [batch, rows] and each column [batch, cols] of [batch, rows, cols]."""
+    if x.numel() == 0:
+        return x.sum(2), x.sum(1)
     cut = tiles.cut((x * x).view(-1))
     rows = _add_in_order(cut.unsqueeze(-2)).transpose(2, 3)  # [batch, down, across, TILE_ROWS]
     cols = _add_eight(cut.permute(0, 1, 3, 4, 2))  # [batch, down, across, TILE_COLS]
@@ -269,66 +291,134 @@ def _sums_of_squares(x, tiles):
     return rows[:, : tiles.rows], cols[:, : tiles.cols]
 
 
-def _mean(rows):
+def _sum_of_rows(rows):
     """[batch, rows] -> [batch, 1]: 256 at a time in pairs, then the sums in 256 lanes."""
+    if rows.numel() == 0:
+        return rows.new_zeros(len(rows), 1)
     pad = torch.nn.functional.pad
     parts = pad(rows, (0, -rows.shape[1] % TILE_COLS)).view(len(rows), -1, 1, TILE_COLS)
     parts = _add_in_order(parts)
     parts = pad(parts, (0, -parts.shape[1] % TILE_COLS)).view(len(rows), -1, TILE_COLS)
-    return (_add_in_order(parts) / torch.full_like(rows[:, 0], rows.shape[1])).unsqueeze(1)
+    return _add_in_order(parts).unsqueeze(1)
 
 
 def _inverse_root(x):
     return torch.where(x.isfinite(), 1.0 / _root(x), torch.nan)
 
 
+def _squares(item, eps, clip_value, weights, inv_scale, clip_coef):
+    """The gradient, the new moments of rows, the squares of columns, and the part's statistics."""
+    tiles, part, g = item.tiles, item.part, _flat(item.grad).float()
+    x = _clipped(torch.where(g.isfinite(), g, torch.nan), inv_scale, clip_value, clip_coef)
+    square = _total(item.sums).view(1)
+    if not tiles.factored or (x.numel() == 0 and not part.joined):
+        return x, None, None, square
+    x = x.view(tiles[:3])
+    rows, cols = _sums_of_squares(x, tiles)
+    rows = rows / torch.full_like(rows, tiles.cols)
+    rows = _moment(item, item.row.view_as(rows), rows, eps, weights)
+    if part.joined:
+        square = torch.cat([square, _sum_of_rows(rows).view(-1), cols.view(-1)])
+    return x, rows, cols, square
+
+
+def _moment(item, before, square, eps, weights):
+    weight = weights[item.step.clamp(max=len(weights) - 1).long()]
+    return before * (1.0 - weight) + weight * (square + eps[0])
+
+
+def _updates(item, x, rows, cols, statistics, eps, weights):
+    """The updates of a part and its new moments, from the statistics of the whole tensor."""
+    if rows is None:
+        if item.full is None:  # no element at all
+            return x, ()
+        moment = _moment(item, _flat(item.full), x * x, eps, weights)
+        return x * _inverse_root(moment), ((item.full, moment),)
+    total = _sum_of_rows(rows)
+    if item.part.joined:
+        total, cols = statistics[1].view_as(total), statistics[2:].view_as(cols)
+    height = item.part.shape[-2]
+    a = _inverse_root(rows / (total / torch.full_like(total, height)))
+    cols = cols / torch.full_like(cols, height)
+    cols = _moment(item, item.col.view_as(cols), cols, eps, weights)
+    u = (x * a.unsqueeze(2)) * _inverse_root(cols).unsqueeze(1)
+    return u.view(-1), ((item.row, rows), (item.col, cols))
+
+
+def _update(
+    item, u, new, param_square, update_square, *, lr, weight_decay, eps, clip_threshold, seed,
+    rounding, found_inf, skip,
+):  # fmt: skip
+    """Writes a part, from the sums of squares of the whole tensor."""
+    numel = update_square.new_full((), max(1, item.part.shape.numel()), dtype=torch.float32)
+    rms = _root(update_square / numel)
+    divisor = (rms / torch.full_like(rms, clip_threshold)).clamp(min=1.0)
+    own_lr = lr * _root(param_square / numel).clamp(min=eps[1])
+    size, shrink = own_lr / divisor, own_lr * weight_decay
+    good = update_square.isfinite() & own_lr.isfinite()
+    if skip is not None:
+        good = good & (skip.view(()) == 0)
+    if found_inf is not None:
+        found_inf.masked_fill_(~good, 1.0)
+
+    tiles, part, p = item.tiles, item.part, _flat(item.param)
+    master = _master(p, item.low, rounding)
+    master = master - (shrink * master + size * u)
+    step = item.step.long()
+    _store(master, good, p, item.low, rounding, part.offset, seed, step, item.param_id)
+    for moment, value in new:
+        moment.copy_(torch.where(good, value.view_as(moment), moment))
+    item.sums.copy_(torch.where(good, tiles.sums(p.float() * p.float()), item.sums))
+    item.step.add_(good)
+
+
 @torch.no_grad()
 def adalomo_update_(
-    items, *, lr, weight_decay, eps, clip_threshold, clip_value, seed, rounding, weights,
-    inv_scale, clip_coef, found_inf, skip,
+    items, *, eps, clip_value, weights, inv_scale, clip_coef, **options,
 ):  # fmt: skip
     """See `lomo_kernels.ops.adalomo_update_`; numbers are already rounded to fp32."""
-    skipped = torch.zeros_like(weights[0]) if skip is None else skip.view(())
     for item in items:
-        tiles, p, g = item.tiles, _flat(item.param), _flat(item.grad).float()
-        x = _clipped(torch.where(g.isfinite(), g, torch.nan), inv_scale, clip_value, clip_coef)
-        weight = weights[item.step.clamp(max=len(weights) - 1).long()]
-        old = 1.0 - weight
-        if p.numel() == 0:
-            u, new = x, ()
-        elif tiles.factored:
-            x = x.view(tiles[:3])
-            rows, cols = _sums_of_squares(x, tiles)
-            rows = rows / torch.full_like(rows, tiles.cols)
-            cols = cols / torch.full_like(cols, tiles.rows)
-            rows = item.row.view_as(rows) * old + weight * (rows + eps[0])
-            cols = item.col.view_as(cols) * old + weight * (cols + eps[0])
-            a = _inverse_root(rows / _mean(rows))
-            u = ((x * a.unsqueeze(2)) * _inverse_root(cols).unsqueeze(1)).view(-1)
-            new = ((item.row, rows), (item.col, cols))
-        else:
-            moment = _flat(item.full) * old + weight * (x * x + eps[0])
-            u, new = x * _inverse_root(moment), ((item.full, moment),)
+        found = _squares(item, eps, clip_value, weights, inv_scale, clip_coef)
+        u, new = _updates(item, *found, eps, weights)
+        square = _total(item.tiles.sums(u * u))
+        _update(item, u, new, found[-1][0], square, eps=eps, **options)
 
-        numel = torch.full_like(weight, max(1, p.numel()))
-        total = _total(tiles.sums(u * u))
-        rms = _root(total / numel)
-        divisor = (rms / torch.full_like(rms, clip_threshold)).clamp(min=1.0)
-        own_lr = lr * _root(_total(item.sums) / numel).clamp(min=eps[1])
-        size, shrink = own_lr / divisor, own_lr * weight_decay
-        finite = total.isfinite() & own_lr.isfinite()
-        good = finite & (skipped == 0)
-        if found_inf is not None:
-            found_inf.masked_fill_(~good, 1.0)
 
-        master = _master(p, item.low, rounding)
-        master = master - (shrink * master + size * u)
-        step = item.step.long()
-        _store(master, good, p, item.low, rounding, 0, seed, step, item.param_id)
-        for moment, value in new:
-            moment.copy_(torch.where(good, value.view_as(moment), moment))
-        item.sums.copy_(torch.where(good, tiles.sums(p.float() * p.float()), item.sums))
-        item.step.add_(good)
+# -- AdalomoParts: the same, with the sums of all ranks in place of the part's own; nothing is kept
+# from call to call, the sweeps are made anew ------------------------------------------------------
+
+
+@torch.no_grad()
+def adalomo_statistics_(
+    out, items, *, eps, clip_value, weights, inv_scale, clip_coef, **options
+):  # fmt: skip
+    for item in items:
+        *_, statistics = _squares(item, eps, clip_value, weights, inv_scale, clip_coef)
+        out[item.part.slot :][: len(statistics)] = statistics
+
+
+def _again(item, statistics, eps, clip_value, weights, inv_scale, clip_coef):
+    *found, own = _squares(item, eps, clip_value, weights, inv_scale, clip_coef)
+    statistics = statistics[item.part.slot :][: len(own)]
+    return *_updates(item, *found, statistics, eps, weights), statistics[0]
+
+
+@torch.no_grad()
+def adalomo_squares_(
+    out, items, kept, statistics, *, eps, clip_value, weights, inv_scale, clip_coef, **options
+):  # fmt: skip
+    for item in items:
+        u, *_ = _again(item, statistics, eps, clip_value, weights, inv_scale, clip_coef)
+        out[item.part.number] = _total(item.tiles.sums(u * u))
+
+
+@torch.no_grad()
+def adalomo_parts_update_(
+    items, kept, statistics, squares, *, eps, clip_value, weights, inv_scale, clip_coef, **options
+):  # fmt: skip
+    for item in items:
+        u, new, square = _again(item, statistics, eps, clip_value, weights, inv_scale, clip_coef)
+        _update(item, u, new, square, squares[item.part.number], eps=eps, **options)
 
 
 @torch.no_grad()

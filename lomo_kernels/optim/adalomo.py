@@ -2,10 +2,15 @@
 
 import weakref
 
+import torch
+
 from .. import ops
 from ..ops.adalomo import adalomo_state_shapes, adalomo_weights, check_adalomo
 from . import notices
 from .optimizer import FusedOptimizer
+from .sharding import local
+
+_CUT = ("low", "exp_avg_sq_row", "exp_avg_sq")  # states with a row for each of the parameter
 
 
 class AdaLomo(FusedOptimizer):
@@ -40,7 +45,7 @@ class AdaLomo(FusedOptimizer):
     """
 
     finetune_lr = 1e-3
-    whole_gradients = True
+    whole_gradients = whole_rows = True
     must_scale = False  # the reference's default is a scale, and a bare loss.backward() no mistake
     dtypes = ops.DTYPES
 
@@ -93,41 +98,81 @@ class AdaLomo(FusedOptimizer):
         for param in group["params"]:
             adalomo_weights(param.device, group["decay_rate"])  # made here, not in a captured graph
 
+    def make_state(self, param, group):
+        super().make_state(param, group)
+        state = self.state[param]
+        if "step" not in state:
+            state.update(ops.adalomo_state(local(param)))
+
+    def _is_cut(self, name, param):
+        # the column moments of a matrix are sums over all rows, the same on all ranks
+        return name == "exp_avg_sq_col" and param.ndim > 2 or name in _CUT
+
     def update(self, pieces, group, numbers, scalars):
-        params, states, lows, sums = [piece.param for piece in pieces], [], [], []
-        for param in params:
+        if self.ranks is not None:
+            self.update_all([(pieces, group, numbers, scalars)])
+            return
+        tensors, options = self._arguments(pieces, group, numbers, scalars)
+        ops.adalomo_update_(*tensors, **options)
+        self._keep(pieces, options["sums"])
+
+    def update_all(self, updates):
+        """Of sharded parameters with two messages, however many there are."""
+        if self.ranks is None:
+            super().update_all(updates)
+            return
+        calls, kept = [], []
+        for update in updates:
+            pieces, (tensors, options) = update[0], self._arguments(*update)
+            calls.append(
+                ops.AdalomoParts(
+                    *tensors,
+                    shape=[piece.param.shape for piece in pieces],
+                    offset=[piece.offset for piece in pieces],
+                    counts=[self.ranks.part(piece.param).counts for piece in pieces],
+                    **options,
+                )
+            )
+            kept.append((pieces, options["sums"]))
+        every = self._gather([call.statistics for call in calls])
+        every = self._gather([call.squares(part) for call, part in zip(calls, every)])
+        for call, part, sums in zip(calls, every, kept):
+            call.update_(part)
+            self._keep(*sums)
+
+    def _gather(self, values):
+        """One message for all: of each tensor what every rank has, [ranks, n] on its device."""
+        device = values[0].device
+        every = self.ranks.gather(torch.cat([value.to(device) for value in values]))
+        parts = every.split([value.numel() for value in values], dim=1)
+        return [part.to(value.device).contiguous() for part, value in zip(parts, values)]
+
+    def _arguments(self, pieces, group, numbers, scalars):
+        """-> (parameters, gradients and states; all else)."""
+        tensors, states, lows, sums = [piece.tensor for piece in pieces], [], [], []
+        for piece, tensor in zip(pieces, tensors):
+            param = piece.param
+            self.make_state(param, group)
             rounding, low = self.rounding_of(param, group)
-            state = self.state[param]
-            if "step" not in state:
-                state.update(ops.adalomo_state(param))
-            self._check_shape(param, state)
+            self._check_shape(param, self.state[param])
             kept, of = self._sums.get(id(param), (None, None))
-            if of != _identity(param) or self._aliases.get(id(param), lambda: None)() is not None:
+            if of != _identity(tensor) or self._aliases.get(id(param), lambda: None)() is not None:
                 # another writer has changed it, or may have, or it is the first step
-                kept = ops.adalomo_sums_(param, kept, backend=self.backend_name)
-            states.append(state)
+                kept = ops.adalomo_sums_(tensor, kept, backend=self.backend_name)
+            states.append(self.state[param])
             lows.append(low)
             sums.append(kept)
-        ops.adalomo_update_(
-            params,
-            [piece.grad for piece in pieces],
-            states,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            clip_threshold=group["clip_threshold"],
-            decay_rate=group["decay_rate"],
-            clip_value=group["clip_grad_value"],
-            rounding=rounding,
-            low=lows,
-            seed=group["seed"],
-            param_id=numbers,
-            sums=sums,
-            backend=self.backend_name,
-            **scalars,
-        )
-        for param, kept in zip(params, sums):
-            self._sums[id(param)] = (kept, _identity(param))
+        return (tensors, [piece.grad for piece in pieces], states), {
+            "lr": group["lr"], "weight_decay": group["weight_decay"], "eps": group["eps"],
+            "clip_threshold": group["clip_threshold"], "decay_rate": group["decay_rate"],
+            "clip_value": group["clip_grad_value"], "rounding": rounding, "low": lows,
+            "seed": group["seed"], "param_id": numbers, "sums": sums,
+            "backend": self.backend_name, **scalars,
+        }  # fmt: skip
+
+    def _keep(self, pieces, sums):
+        for piece, kept in zip(pieces, sums):
+            self._sums[id(piece.param)] = (kept, _identity(piece.tensor))
 
     def on_data(self, param, data):
         """A write through `.data` changes no version counter: the sums are made anew, as long as
@@ -137,10 +182,10 @@ class AdaLomo(FusedOptimizer):
             self._aliases[id(param)] = weakref.ref(data)
 
     def _check_shape(self, param, state):
-        for name, value in adalomo_state_shapes(param).items():
+        for name, value in adalomo_state_shapes(local(param)).items():
             if state[name].shape != value:
                 notices.refuse_shape(self.name_of(param), param, name, state[name])
 
 
-def _identity(param):
-    return param._version, param.data_ptr()
+def _identity(tensor):
+    return tensor._version, tensor.data_ptr()

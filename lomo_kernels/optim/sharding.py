@@ -16,6 +16,7 @@ This is the one room that knows of torch.distributed; it imports nothing of it b
 met.
 """
 
+import functools
 import gc
 import sys
 from typing import NamedTuple
@@ -32,9 +33,11 @@ def dtensor():
 
 
 def is_sharded(tensor):
-    kind = type(tensor)
-    if kind is torch.Tensor or kind is torch.nn.Parameter:
-        return False
+    return _is_sharded_class(type(tensor))
+
+
+@functools.cache  # no class of today becomes a DTensor by an import of tomorrow
+def _is_sharded_class(kind):
     sharded = dtensor()
     return sharded is not None and issubclass(kind, sharded)
 
