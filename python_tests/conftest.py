@@ -6,6 +6,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # processes on the same cores: threads 
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded
 
 import torch
+from poison import poison
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the Triton kernels are defined
@@ -18,26 +19,4 @@ def deterministic():
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    """Memory that nobody wrote reads as NaN, so that a missing write cannot pass by luck."""
-
-    def poisoned(tensor):
-        if tensor.dtype.is_floating_point:
-            tensor.detach().fill_(float("nan"))  # checkpointing of torch 2.11 makes a leaf
-        return tensor
-
-    def poison(name):
-        real = getattr(torch, name)
-
-        def empty(*args, **kwargs):
-            return poisoned(real(*args, **kwargs))
-
-        monkeypatch.setattr(torch, name, empty)
-
-    poison("empty")
-    poison("empty_like")
-    real_new_empty = torch.Tensor.new_empty
-
-    def new_empty(self, *args, **kwargs):
-        return poisoned(real_new_empty(self, *args, **kwargs))
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    poison(monkeypatch)
