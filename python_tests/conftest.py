@@ -20,3 +20,19 @@ def deterministic():
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
     poison(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """The folder of a model that trains in a second; its tests ask for transformers themselves."""
+    from test_finetune import make_tiny
+
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory):
+    """A file of questions that this model can learn."""
+    from test_finetune import make_questions
+
+    return make_questions(tmp_path_factory.mktemp("questions") / "questions.jsonl")

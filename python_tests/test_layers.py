@@ -34,6 +34,9 @@ DOORS = {
     "deepspeed": {"integrations"},
     "triton": {"ops.triton"},
     "rich": {"finetune", "cli"},
+    "datasets": {"finetune"},
+    "pyarrow": {"finetune"},
+    "yaml": {"finetune"},
     "matplotlib": {"memory"},
 }
 

@@ -1,21 +1,29 @@
 """The main job: fine-tune every parameter of a pretrained causal language model."""
 
+from .checkpoint import OutputError
 from .display import Display
-from .job import compare, run
+from .dry import dry_run
+from .job import compare, run, variants
 from .ranks import LostError, Watch
 from .report import Report
-from .settings import OPTIMIZERS, SCHEDULES, Settings
+from .settings import OPTIMIZERS, SCHEDULES, Output, Settings
 from .signals import StoppedError
+from .sources import DataError
 
 __all__ = [
     "OPTIMIZERS",
     "SCHEDULES",
+    "DataError",
     "Display",
     "LostError",
+    "Output",
+    "OutputError",
     "Report",
     "Settings",
     "StoppedError",
     "Watch",
     "compare",
+    "dry_run",
     "run",
+    "variants",
 ]

@@ -8,7 +8,7 @@ import threading
 
 import torch
 
-from .data import batch_of, counted
+from .examples import batch_of, counted
 from .signals import StoppedError
 
 # The first rank writes the model alone while the others wait; that a process has ended is noticed
@@ -40,19 +40,18 @@ class Ranks:
         return items[self.part :: self.parts]
 
     def of_batch(self, examples, pad):
-        """This rank's examples of a batch, and the factor of the mean loss of their tokens.
+        """-> (this rank's examples of a batch, how many of their tokens count, and of all).
 
-        The engine takes the mean of the ranks' gradients. With these factors it is the gradient of
-        the mean over the tokens of the whole batch, as in one process. Each rank takes part in
-        every backward: one without examples takes some, which then count nothing.
+        The engine takes the mean of the ranks' gradients. Where a rank's loss, the mean over its
+        own tokens, is multiplied by `parts` and by its share of all tokens, that is the gradient of
+        the mean over all of them, as in one process. Each rank takes part in every forward and
+        backward: one without tokens takes some, of which none counts.
         """
-        if self.parts == 1:
-            return examples, 1.0
         tokens = [counted(batch_of([example], pad, "cpu")) for example in examples]
         mine = sum(self.of(tokens))
-        if mine == 0:
-            return [examples[tokens.index(max(tokens))]], 0.0
-        return self.of(examples), mine * self.parts / sum(tokens)
+        if mine == 0 and self.parts > 1:
+            return [examples[tokens.index(max(tokens))]], 0, sum(tokens)
+        return self.of(examples), mine, sum(tokens)
 
     def sum(self, *values):
         """The sum of each of these numbers over the parts of a batch."""

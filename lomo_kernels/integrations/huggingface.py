@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import hashlib
 import importlib.util
 import json
 import warnings
@@ -20,7 +21,7 @@ class ModelError(Exception):
     """The model cannot be loaded; the message says why in one sentence."""
 
 
-def load(name, dtype=torch.float32, checkpointing=False, distributed_config=None):
+def load(name, dtype=torch.float32, checkpointing=False):
     """A causal language model and its tokenizer.
 
     Args:
@@ -29,34 +30,72 @@ def load(name, dtype=torch.float32, checkpointing=False, distributed_config=None
             GGUF, Apache-2.0).
         dtype: of the parameters.
         checkpointing: recompute activations in backward (non-reentrant).
-        distributed_config: of transformers.
 
     Raises:
         ModelError: no such model, or transformers cannot load it.
     """
-    transformers = _transformers("fine-tuning a language model")
-    source, options = _source(name)
-    parallel = {} if distributed_config is None else {"distributed_config": distributed_config}
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, **options, **parallel
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ModelError(f"cannot load the model {name!r}: {_short(error)}") from error
-    finally:
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
-    if options and not parallel:
+    return load_model(name, dtype, checkpointing), load_tokenizer(name)
+
+
+def load_model(name, dtype=torch.float32, checkpointing=False, **more):
+    """The model of `load`; `more` is for from_pretrained."""
+    model, options = _loaded("AutoModelForCausalLM", name, dtype=dtype, **more)
+    if options and not more:
         model = _plain(model)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     model.config.use_cache = False
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model, tokenizer
+    return model
+
+
+def load_tokenizer(name):
+    """The tokenizer of `load`; it can pad."""
+    tokenizer, _ = _loaded("AutoTokenizer", name)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(name):
+    """The configuration of `load`'s model, without the weights."""
+    return _loaded("AutoConfig", name)[0]
+
+
+def digest(name):
+    """Of the files of `load`'s model, or the revision of one that the hub has."""
+    source, options = _source(name)
+    path = Path(source)
+    if not path.is_dir():
+        return str(getattr(load_config(name), "_commit_hash", None))
+    paths = path.iterdir() if not options else [path / options["gguf_file"]]
+    whole = hashlib.sha256()
+    for each in sorted(each for each in paths if each.is_file()):
+        with open(each, "rb") as file:
+            while block := file.read(1 << 20):
+                whole.update(block)
+    return whole.hexdigest()
+
+
+def _loaded(kind, name, **more):
+    """-> (what transformers' class `kind` loads, what the source needed besides)."""
+    transformers = _transformers("fine-tuning a language model")
+    source, options = _source(name)
+    try:
+        with _without_bars(transformers):
+            return getattr(transformers, kind).from_pretrained(source, **options, **more), options
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ModelError(f"cannot load the model {name!r}: {_short(error)}") from error
+
+
+@contextlib.contextmanager
+def _without_bars(transformers):
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def spread(model, group, mesh, *, checkpointing=False, offload=False):
@@ -109,13 +148,13 @@ def load_parallel(name, dtype, checkpointing, *, ranks, tensor_parallel):
             f"transformers {transformers.__version__} has no tensor parallelism of this kind: "
             "pip install -U transformers"
         ) from error
-    model, tokenizer = load(name, dtype, checkpointing, distributed_config=config)
+    model = load_model(name, dtype, checkpointing, distributed_config=config)
     if config.fsdp_size > 1 and _is_tied(model):
         raise ModelError(
             "the model's embedding is its head, too, which tensor_parallel cannot have beside "
             "FSDP2: leave tensor_parallel out, or make it the number of processes"
         )
-    return model, tokenizer
+    return model
 
 
 def _is_tied(model):
@@ -151,7 +190,8 @@ def save(folder, model, tokenizer=None, weights=None):
                 _plain_config(model.config), dtype=model.dtype
             )
         model.generation_config = generation
-    model.save_pretrained(folder, state_dict=weights)
+    with _without_bars(_transformers("saving a model")):
+        model.save_pretrained(folder, state_dict=weights)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
