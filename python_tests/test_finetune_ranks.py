@@ -112,6 +112,7 @@ CASES = {
     "validated": {"eval_every": 2},
     "offload": {"offload": True},
     "untied": {"model": "untied", "strategy": "partial"},
+    "adalomo": {"optimizer": "adalomo", "lr": 1e-3},
     "sgd": {"optimizer": "sgd"},
     "adamw": {"optimizer": "adamw", "lr": 1e-3},
 }
@@ -190,29 +191,42 @@ def _stopped(world, arguments, options, after):
             run(*arguments, **options)
 
 
-@pytest.mark.parametrize(("first", "then"), [(2, 2), (2, 1), (1, 2)])
-def test_a_run_goes_on_in_another_number_of_processes(job_folder, tmp_path, first, then):
-    """bfloat16 with the low halves in the state: what is saved is more than weights."""
-    options = {"dtype": "bfloat16", "rounding": "split"}
-    arguments = job_folder, tmp_path / "cut"
-    if first == 1:
+def _cut_after_four(world, *arguments, **options):
+    if world == 1:
         _stopped(1, arguments, options, after=4)
     else:
-        ranks.run(first, _stopped, arguments=arguments, options=options, after=4)
-    assert checkpoint.latest(tmp_path / "cut")[0] == 4
-    if then == 1:
-        run(*arguments, **options)
-    else:
-        in_ranks(then, *arguments, **options)
+        ranks.run(world, _stopped, arguments=arguments, options=options, after=4)
+    assert checkpoint.latest(arguments[1])[0] == 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"dtype": "bfloat16", "rounding": "split"}, {"dtype": "float16", "lr": 0.05}],
+    ids=["half of the weights is in the state", "loss scale"],
+)
+def test_a_run_goes_on_to_the_same_weights(job_folder, tmp_path, options):
+    _cut_after_four(2, job_folder, tmp_path / "cut", **options)
+    in_ranks(2, job_folder, tmp_path / "cut", **options)
     in_ranks(2, job_folder, tmp_path / "whole", **options)
-    if first == then == 2:
-        check_same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
-        assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    check_same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    left = sorted(path.name for path in (tmp_path / "cut").iterdir())
+    assert left == ["lock", "log.jsonl", "model", "result.json", "settings.json"]
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize("optimizer", ["adalomo", "adamw"])
+def test_another_number_of_processes_goes_on(job_folder, tmp_path, first, then, optimizer):
+    options = {"optimizer": optimizer, "lr": 1e-3}
+    _cut_after_four(first, job_folder, tmp_path / "cut", **options)
+    if then == 1:
+        run(job_folder, tmp_path / "cut", **options)
     else:
-        assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), abs=0.02)
-    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == [
-        "model", "result.json", "settings.json",
-    ]  # fmt: skip
+        in_ranks(then, job_folder, tmp_path / "cut", **options)
+    run(job_folder, tmp_path / "whole", **options)
+    before = load_file(job_folder / "tied" / "model.safetensors")
+    check_close(weights(tmp_path / "cut"), weights(tmp_path / "whole"), before)
+    assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
 
 
 def test_saving_changes_nothing(job_folder, tmp_path):
@@ -344,6 +358,12 @@ def test_the_default_model_is_spread_over_two_ranks():
 # -- tensor parallelism ----------------------------------------------------------------------------
 
 
+ON_CPU = pytest.mark.skipif(
+    torch.accelerator.is_available(), reason="transformers would place the parts on the GPU"
+)
+
+
+@ON_CPU
 @pytest.mark.parametrize(("world", "model"), [(2, "tied"), (4, "untied")])
 def test_ranks_may_share_matrices(job_folder, tmp_path, world, model):
     """Two ranks have transformers' tensor parallelism alone, four FSDP2 besides; each goes on in
@@ -389,6 +409,7 @@ def test_settings_that_cannot_be(options, message):
         finetune.Settings(**options)
 
 
+@ON_CPU
 def test_a_tied_head_is_refused_beside_tensor_parallelism_and_fsdp2(job_folder, tmp_path):
     ranks.run(4, _refused_tied, folder=job_folder)
 
