@@ -175,37 +175,43 @@ def _show_plan(found):
 
 
 def _finetune(options):
-    given = {key: value for key, value in vars(options).items() if key != "command"}
-    path, dump, dry = (given.pop(key) for key in ("config", "dump_config", "dry_run"))
     try:
-        given = (config.read(path) if path is not None else {}) | given
-        given.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
-        on_gpu = given["device"] != "cpu" and not given.get("autocast")
-        given.setdefault("dtype", "bfloat16" if on_gpu else "float32")
-        settings = finetune.Settings(**typed(finetune.Settings, given))
-        output = finetune.Output(**typed(finetune.Output, given))
-        others = [name for name in (output.compare or "").split(",") if name]
-        finetune.variants(settings, others)
-        if dump:
-            print(config.dumped(settings, output), end="")
-            return 0
-        display = finetune.Display()
-        if dry:
-            finetune.dry_run(settings, display)
-            return 0
-        report = finetune.run(settings, output, display)
-        finetune.compare(settings, report, others, display)
+        with finetune.Watch():
+            return _tune(options)
     except finetune.StoppedError as stopped:
-        display.say(str(stopped))
+        finetune.Display().say(str(stopped))
         return 130
     except KeyboardInterrupt:
         return _fail("stopped; what is in --out is whole", 130)
     except (
         ValueError, huggingface.ModelError, finetune.DataError, finetune.OutputError,
+        finetune.LostError,
     ) as error:  # fmt: skip
         return _fail(error)
     except ImportError as error:
         return _fail(f"{error}: pip install 'lomo_kernels[finetune]'")
+
+
+def _tune(options):
+    given = {key: value for key, value in vars(options).items() if key != "command"}
+    path, dump, dry = (given.pop(key) for key in ("config", "dump_config", "dry_run"))
+    given = (config.read(path) if path is not None else {}) | given
+    given.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = given["device"] != "cpu" and not given.get("autocast")
+    given.setdefault("dtype", "bfloat16" if on_gpu else "float32")
+    settings = finetune.Settings(**typed(finetune.Settings, given))
+    output = finetune.Output(**typed(finetune.Output, given))
+    others = [name for name in (output.compare or "").split(",") if name]
+    finetune.variants(settings, others)
+    if dump:
+        print(config.dumped(settings, output), end="")
+        return 0
+    display = finetune.Display()
+    if dry:
+        finetune.dry_run(settings, display)
+        return 0
+    report = finetune.run(settings, output, display)
+    finetune.compare(settings, report, others, display)
     doubt = report.doubt()
     if output.out is not None:
         what = "fine-tuned model" if doubt is None else "model"

@@ -17,6 +17,7 @@ pytest.importorskip("rich", reason="rich is not installed")
 
 from lomo_kernels import cli, finetune  # noqa: E402
 from lomo_kernels.finetune import checkpoint, data, scoring, wordnet  # noqa: E402
+from lomo_kernels.finetune.ranks import Ranks  # noqa: E402
 from lomo_kernels.integrations import huggingface  # noqa: E402
 from lomo_kernels.memory import HeldBytes, state_bytes  # noqa: E402
 
@@ -168,7 +169,7 @@ def test_perplexity_is_that_of_transformers_own_loss(tiny):
     model, tokenizer, examples = loaded(tiny, length=24, eval_size=10)
     got = scoring.score(
         model, examples.held_out, measures=examples.measures, rule="mean", batch_size=3,
-        pad=tokenizer.pad_token_id, device="cpu", progress=iter,
+        pad=tokenizer.pad_token_id, team=Ranks(), progress=iter,
     )  # fmt: skip
     losses = []
     with torch.no_grad():

@@ -19,6 +19,7 @@ from test_finetune import loaded, result, run, weights  # noqa: E402
 from lomo_kernels import finetune  # noqa: E402
 from lomo_kernels.finetune import checkpoint, data, log  # noqa: E402
 from lomo_kernels.finetune.examples import batch_of  # noqa: E402
+from lomo_kernels.finetune.ranks import Ranks  # noqa: E402
 from lomo_kernels.integrations import huggingface  # noqa: E402
 from lomo_kernels.memory import report as memory_report  # noqa: E402
 
@@ -192,8 +193,11 @@ def test_the_newest_checkpoints_are_kept(tiny, questions, tmp_path, keep):
     assert run(*arguments, "--keep", keep, "--out", tmp_path) == 0
     kept = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
     assert kept == ["checkpoint-4", "checkpoint-5"][2 - keep :]
+    last = trained(tmp_path)
     for path in tmp_path.glob("checkpoint-*"):
-        transformers.AutoModelForCausalLM.from_pretrained(path)
+        model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+        checkpoint.load_weights(path, Ranks(), model)
+        assert (difference(model, last) == 0) == (path.name == "checkpoint-5")
 
 
 # -- logs ------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from test_finetune import alone, loaded, result, run  # noqa: E402
 from lomo_kernels import finetune  # noqa: E402
 from lomo_kernels.finetune import data, scoring, superglue  # noqa: E402
 from lomo_kernels.finetune.examples import Example  # noqa: E402
+from lomo_kernels.finetune.ranks import Ranks  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -362,7 +363,7 @@ def test_mean_and_sum_choose_differently(tiny, tmp_path):
     for rule, want in chosen.items():
         got = scoring.score(
             model, examples.held_out, measures=examples.measures, rule=rule, batch_size=4,
-            pad=tokenizer.pad_token_id, device="cpu", progress=iter,
+            pad=tokenizer.pad_token_id, team=Ranks(), progress=iter,
         )  # fmt: skip
         right = sum(c == e.right for c, e in zip(want, examples.held_out))
         assert got.value == right / len(want)

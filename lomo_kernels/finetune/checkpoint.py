@@ -1,4 +1,8 @@
-"""A run's folder: one writer, one run, and checkpoints that are whole or not there."""
+"""A run's folder: one writer, one run, and checkpoints that are whole or not there.
+
+Weights and the optimizer's state are torch.distributed.checkpoint's, whatever the number of ranks:
+each writes what it has, and any number goes on. All ranks see the folder.
+"""
 
 import contextlib
 import json
@@ -82,32 +86,103 @@ def _write(path, record):
     temporary.rename(path)
 
 
-def save(folder, step, model, tokenizer, optimizer, scheduler, progress, keep):
+def save(folder, step, ranks, model, optimizer, scheduler, progress, keep):
     """Writes checkpoint-STEP under another name, renames it, then drops all but `keep`."""
     state = {
-        "optimizer": optimizer.state_dict(),
         "scheduler": scheduler.state_dict(),
-        "random": torch.get_rng_state(),
+        "random": ranks.all(torch.get_rng_state()),
         "progress": progress,
     }
-    save_model(folder, f"{_PREFIX}{step}", model, tokenizer, state)
-    drop(folder, keep)
+    _save_tensors(folder, f"{_PREFIX}{step}", ranks, _tensors(model, optimizer), state)
+    ranks.first(drop, folder, keep)
 
 
-def save_model(folder, name, model, tokenizer, state=None):
-    """Writes folder/name, which transformers loads, with `state` for `restore`. What was there
-    under this name stays until the new one is whole; a name.partial is never read."""
+def save_weights(folder, name, ranks, model):
+    """Writes folder/name, for `load_weights`."""
+    _save_tensors(folder, name, ranks, {"model": _weights(model)}, None)
+
+
+def load_weights(path, ranks, model):
+    """Puts the weights of what `save_weights` or `save` wrote into the model."""
+    _load({"model": _weights(model)}, path, ranks)
+
+
+def _save_tensors(folder, name, ranks, tensors, state):
+    from torch.distributed import checkpoint as dcp
+
+    def begin():
+        shutil.rmtree(partial, ignore_errors=True)
+        with writing(folder):
+            partial.mkdir(parents=True)
+
+    def end():
+        with writing(folder):
+            torch.save(state, partial / "state.pt")
+            _replace(target, partial)
+
+    target, partial = folder / name, folder / f"{name}{_PARTIAL}"
+    ranks.first(begin)
+    try:
+        with writing(folder), _cause_alone():
+            dcp.save(tensors, checkpoint_id=partial, no_dist=ranks.size == 1)
+        ranks.first(end)
+    except OutputError:
+        if ranks.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _load(tensors, path, ranks):
+    """In place, all but what is no tensor."""
+    from torch.distributed import checkpoint as dcp
+
+    with _cause_alone():
+        dcp.load(tensors, checkpoint_id=path, no_dist=ranks.size == 1)
+
+
+@contextlib.contextmanager
+def _cause_alone():
+    """Raises what went wrong on a rank, in place of the BaseException that says so on all."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(cause for cause, _ in error.failures.values()) from error
+
+
+def _tensors(model, optimizer):
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    return {"model": _weights(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+
+
+def _weights(model):
+    saved = model.state_dict().keys()
+    weights = {name: p.detach() for name, p in model.named_parameters()}  # tied ones once
+    return weights | {name: b for name, b in model.named_buffers() if name in saved}
+
+
+def _replace(target, partial):
+    """What was there under this name stays until now; a name.partial is never read."""
+    if target.exists():
+        shutil.rmtree(target)
+    partial.rename(target)
+
+
+def save_model(folder, name, model, tokenizer, weights=None):
+    """Writes folder/name, which transformers loads.
+
+    Args:
+        weights: of a sharded model.
+    """
     target, partial = folder / name, folder / f"{name}{_PARTIAL}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with writing(folder):
             partial.mkdir(parents=True)
-            huggingface.save(partial, model, tokenizer)
-            if state is not None:
-                torch.save(state, partial / "state.pt")
-            if target.exists():
-                shutil.rmtree(target)
-            partial.rename(target)
+            huggingface.save(partial, model, tokenizer, weights)
+            _replace(target, partial)
     except OutputError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -126,12 +201,20 @@ def latest(folder):
     return (_step_of(found[-1]), found[-1]) if found else None
 
 
-def restore(path, optimizer, scheduler):
-    """Loads everything but the model, which is loaded from `path` like any other. -> progress."""
+def restore(path, ranks, model, optimizer, scheduler):
+    """Loads everything into what was made as if at the beginning. -> progress.
+
+    Where another number of ranks goes on, what they draw at random begins anew.
+    """
+    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+
+    tensors = _tensors(model, optimizer)
+    _load(tensors, path, ranks)
+    set_optimizer_state_dict(model, optimizer, tensors["optimizer"])
     state = torch.load(path / "state.pt", map_location="cpu")
-    optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
-    torch.set_rng_state(state["random"])
+    if len(state["random"]) == ranks.size:
+        torch.set_rng_state(state["random"][ranks.rank])
     return state["progress"]
 
 

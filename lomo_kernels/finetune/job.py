@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 
 from ..integrations import huggingface
+from ..integrations.sharding import shard
 from ..memory import HeldBytes, state_bytes
-from . import checkpoint, data, report, signals, stepping
+from . import checkpoint, data, ranks, report, signals, stepping
 from .display import Display
-from .examples import batch_of, batches, counted
+from .examples import batch_of, batches
 from .log import Log
 from .report import Report
 from .scoring import Score, score
@@ -43,17 +44,24 @@ def run(settings, output=None, display=None):
         StoppedError: on SIGINT or SIGTERM, after the step in progress and a checkpoint.
     """
     display, output = display or Display(), output or Output()
-    stepping.check(settings)
-    parts = data.read(settings)
-    if output.out is None:
-        with tempfile.TemporaryDirectory(prefix="lomo-kernels-") as folder:
-            return _begin(settings, replace(output, out=None), Path(folder), parts, display)
-    out = Path(output.out)
-    with checkpoint.claimed(out, asdict(settings), _contents(settings, parts)):
-        if (finished := report.read(out)) is not None:
-            display.say(f"{out} holds this run already; nothing is left to do")
+    with ranks.joined(settings) as team, contextlib.ExitStack() as open_here:
+        stepping.check(settings)
+        parts = data.read(settings)
+
+        def claim():  # on the first rank
+            if output.out is None:
+                name = tempfile.TemporaryDirectory(prefix="lomo-kernels-")
+                return Path(open_here.enter_context(name)), None
+            out = Path(output.out)
+            contents = _contents(settings, parts)
+            open_here.enter_context(checkpoint.claimed(out, settings.identity(), contents))
+            return out, report.read(out)
+
+        folder, finished = team.first(claim)
+        if finished is not None:
+            display.say(f"{folder} holds this run already; nothing is left to do")
             return finished
-        return _begin(settings, output, out, parts, display)
+        return _begin(settings, output, folder, parts, display, team)
 
 
 def _contents(settings, parts):
@@ -69,20 +77,39 @@ def _contents(settings, parts):
     }
 
 
-def _begin(settings, output, folder, parts, display):
+def _begin(settings, output, folder, parts, display, team):
     tokenizer = huggingface.load_tokenizer(settings.model)
     examples = data.tokenised(parts, settings, tokenizer)
     for line in examples.lines:
         display.say(line)
-    newest = checkpoint.latest(folder)
-    source = settings.model if newest is None else str(newest[1])
-    display.say(f"loading {settings.model if newest is None else newest[1].name}")
-    model = huggingface.load_model(source, getattr(torch, settings.dtype), settings.checkpointing)
-    model.to(settings.device).train()
-    job = Job(settings, output, folder, model, tokenizer, examples, display)
+    display.say(f"loading {settings.model}")
+    model = _load(settings, team)
+    job = Job(settings, output, folder, team, model, tokenizer, examples, display)
     with signals.noted() as stop:
         job.stop = stop
-        return job.run(newest)
+        return job.run(team.first(checkpoint.latest, folder))
+
+
+def _load(settings, team):
+    load = settings.model, getattr(torch, settings.dtype), settings.checkpointing
+    if settings.tensor_parallel > 1:
+        parallel = settings.tensor_parallel
+        return huggingface.load_parallel(*load, ranks=team.size, tensor_parallel=parallel).train()
+    if team.size == 1 and not settings.is_sharded:
+        return huggingface.load_model(*load).to(team.device).train()
+    mesh = torch.distributed.init_device_mesh(torch.device(team.device).type, (team.size,))
+    if team.size == 1:
+        return shard(huggingface.load_model(*load), mesh, offload=settings.offload).train()
+    model = None
+
+    def load_first():
+        nonlocal model
+        model = huggingface.load_model(*load)
+
+    team.first(load_first)
+    return huggingface.spread(
+        model, team, mesh, checkpointing=settings.checkpointing, offload=settings.offload
+    ).train()
 
 
 def variants(settings, names):
@@ -121,9 +148,9 @@ def steps_of(settings, examples):
 class Job:
     """One run in progress. `folder` is `output.out`, or one for the time of the run."""
 
-    def __init__(self, settings, output, folder, model, tokenizer, examples, display):
+    def __init__(self, settings, output, folder, team, model, tokenizer, examples, display):
         self.settings, self.output, self.folder = settings, output, folder
-        self.model, self.tokenizer = model, tokenizer
+        self.team, self.model, self.tokenizer = team, model, tokenizer
         self.data, self.display = examples, display
         self.stop = []
         self.params = [p for p in model.parameters() if p.requires_grad]
@@ -148,10 +175,12 @@ class Job:
 
     def run(self, newest):
         first = 0
-        torch.manual_seed(self.settings.seed)
+        torch.manual_seed(self.settings.seed + self.team.part)
         if newest is not None:
             first, path = newest
-            self.progress = checkpoint.restore(path, self.optimizer, self.scheduler)
+            self.progress = checkpoint.restore(
+                path, self.team, self.model, self.optimizer, self.scheduler
+            )
             self.display.say(f"going on after step {first} of {self.steps}")
         with contextlib.closing(self._log(first)) as self.log:
             if self.progress["before"] is None:
@@ -165,23 +194,29 @@ class Job:
         result = self._report(after, best_step)
         self.held.remove()
         if self.output.out is not None:
-            self._finish(result)
+            weights = huggingface.gathered(self.model)
+            self.team.first(self._finish, result, weights)
         return result
 
     def _log(self, first):
+        if not self.team.is_first:
+            return Log(None)
         if self.output.log is not None:
             return Log(Path(self.output.log), first, board=True)
         return Log(self.folder if self.output.out is not None else None, first)
 
     def _step(self, step, show):
         started = time.perf_counter()
-        settings, progress = self.settings, self.progress
+        settings, progress, team = self.settings, self.progress, self.team
         micro = self._batches(step)
         rate = self.scheduler.get_last_lr()[0]
         loss, norm, skipped = stepping.update(
             self.optimizer, self.params, self._losses(micro), settings
         )
         self.scheduler.step()
+        tokens = sum(int(batch["attention_mask"].sum()) for batch, _ in micro)
+        loss, tokens = team.sum(loss, tokens)
+        loss /= team.parts
         progress["losses"].append(loss)
         progress["skipped"] += skipped
         seconds = time.perf_counter() - started
@@ -189,7 +224,7 @@ class Job:
         waiting = getattr(self.optimizer, "last_waiting_bytes", 0)
         progress["gradients"] = max(progress["gradients"], self.held.peak, waiting)
         progress["states"] = max(progress["states"], state_bytes(self.optimizer))
-        speed = sum(int(batch["attention_mask"].sum()) for batch in micro) / seconds
+        speed = tokens / seconds
         scale = self.optimizer.loss_scale if settings.optimizer in OURS else None
         show(step + 1, loss, norm, speed, scale, progress["skipped"])
         self.log.add(
@@ -198,38 +233,41 @@ class Job:
         )  # fmt: skip
 
     def _batches(self, step):
-        """The micro-batches of a step."""
+        """This rank's part of the micro-batches of a step, each with the factor of its loss: so
+        the mean over the ranks is that over all tokens of a step, as one large batch has it."""
         epoch, place = divmod(step, self.per_epoch)
         size, seed = self.settings.batch_size, self.settings.seed
         together = size * self.settings.gradient_accumulation
         indices = batches(len(self.data.train), together, seed, epoch)[place]
         examples = [self.data.train[i] for i in indices]
+        team, pad = self.team, self.tokenizer.pad_token_id
+        parts = [team.of_batch(examples[i : i + size], pad) for i in range(0, len(examples), size)]
+        total = sum(tokens for _, _, tokens in parts)
         return [
-            batch_of(examples[i : i + size], self.tokenizer.pad_token_id, self.settings.device)
-            for i in range(0, len(examples), size)
+            (batch_of(mine, pad, team.device), team.parts * tokens / total)
+            for mine, tokens, _ in parts
         ]
 
     def _losses(self, micro):
-        """The parts of the mean over all tokens of a step, as one large batch would have it."""
-        tokens = [counted(batch) for batch in micro]
-        for batch, count in zip(micro, tokens):
+        for batch, factor in micro:
             with self._autocast():
                 loss = self.model(**batch).loss
-            yield loss if len(micro) == 1 else loss * (count / sum(tokens))
+            yield loss if factor == 1 else loss * factor
 
     def _autocast(self):
-        device = torch.device(self.settings.device).type
+        device = torch.device(self.team.device).type
         return torch.autocast(device, torch.bfloat16, enabled=self.settings.autocast)
 
     def _after_step(self, done):
         settings, last = self.settings, done == self.steps
+        stop = self.team.any(self.stop)
         if settings.eval_every and (done % settings.eval_every == 0 or last):
             self._choose(done)
         if self.output.out is not None:
             save_every = self.output.save_every or max(1, self.steps // 4)
-            if done % save_every == 0 or last or self.stop:
+            if done % save_every == 0 or last or stop:
                 self._save(done)
-        if self.stop:
+        if stop:
             raise StoppedError(
                 f"stopped after step {done} of {self.steps}"
                 + (f"; the same command goes on from {self.folder}" if self.output.out else "")
@@ -239,7 +277,7 @@ class Job:
         """Keeps the weights if the validation part has never been scored better."""
         found, best = self._score("validation", done), self.progress["best"]
         if best is None or found.is_better_than(Score(**best["score"])):
-            checkpoint.save_model(self.folder, BEST, self.model, self.tokenizer)
+            checkpoint.save_weights(self.folder, BEST, self.team, self.model)
             self.progress["best"] = {"step": done, "score": asdict(found)}
 
     def _take_best(self):
@@ -248,13 +286,13 @@ class Job:
         if best is None or best["step"] == self.steps:
             return self.steps
         self.display.say(f"the weights of step {best['step']} are the best of the validation part")
-        huggingface.load_weights(self.model, self.folder / BEST)
+        checkpoint.load_weights(self.folder / BEST, self.team, self.model)
         return best["step"]
 
     def _score(self, name, step):
         def progress(steps):
             for each in self.display.track(steps, f"score {name}"):
-                if self.stop:
+                if self.team.any(self.stop):
                     raise StoppedError("stopped while scoring; the same command goes on")
                 yield each
 
@@ -263,7 +301,7 @@ class Job:
             result = score(
                 self.model, examples, measures=self.data.measures, rule=self.settings.score,
                 batch_size=2 * self.settings.batch_size, pad=self.tokenizer.pad_token_id,
-                device=self.settings.device, progress=progress,
+                team=self.team, progress=progress,
             )  # fmt: skip
         when = f"{name} training" if name != "validation" else f"validation after step {step}"
         self.display.say(f"{when}: {result} on {result.count} held-out "
@@ -275,7 +313,7 @@ class Job:
 
     def _save(self, step):
         checkpoint.save(
-            self.folder, step, self.model, self.tokenizer, self.optimizer, self.scheduler,
+            self.folder, step, self.team, self.model, self.optimizer, self.scheduler,
             self.progress, max(1, self.output.keep),
         )  # fmt: skip
 
@@ -298,9 +336,9 @@ class Job:
             best_step=best_step,
         )
 
-    def _finish(self, result):
+    def _finish(self, result, weights):
         """The checkpoint of the last step is there until the result is."""
-        checkpoint.save_model(self.folder, "model", self.model, self.tokenizer)
+        checkpoint.save_model(self.folder, "model", self.model, self.tokenizer, weights)
         with checkpoint.writing(self.folder):
             report.write(self.folder, result, self.progress["losses"])
             checkpoint.drop(self.folder, self.output.keep)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .examples import batch_of, counted
+from .examples import batch_of
 
 RULES = ("mean", "sum")
 
@@ -31,21 +31,23 @@ class Score:
 
 
 @torch.no_grad()
-def score(model, examples, *, measures, rule, batch_size, pad, device, progress):
+def score(model, examples, *, measures, rule, batch_size, pad, team, progress):
     """The score of `examples` under the model, which is in evaluation mode meanwhile.
+    Each rank takes a part of each batch, and all get the same score.
 
     Args:
         measures: "perplexity" or "accuracy", then names of `MEASURES`.
         rule: by which an answer is chosen: the highest "mean" of its tokens' log-likelihoods, as
             the LOMO paper says, or the highest "sum", as the authors' code ranks them.
+        team: the Ranks of the run.
         progress: called with the starts of the batches, gives them back one by one.
     """
     training = model.training
     model.eval()
     try:
         if measures[0] == "perplexity":
-            return _perplexity(model, examples, batch_size, pad, device, progress)
-        chosen = _chosen(model, examples, rule, batch_size, pad, device, progress)
+            return _perplexity(model, examples, batch_size, pad, team, progress)
+        chosen = _chosen(model, examples, rule, batch_size, pad, team, progress)
     finally:
         model.train(training)
     right = sum(c == e.right for c, e in zip(chosen, examples))
@@ -53,37 +55,44 @@ def score(model, examples, *, measures, rule, batch_size, pad, device, progress)
     return Score("accuracy", right / len(examples), len(examples), more)
 
 
-def _perplexity(model, examples, batch_size, pad, device, progress):
+def _perplexity(model, examples, batch_size, pad, team, progress):
     total, count = 0.0, 0
     for start in progress(range(0, len(examples), batch_size)):
-        batch = batch_of(examples[start : start + batch_size], pad, device)
-        tokens = counted(batch)
-        total += model(**batch).loss.item() * tokens
+        mine, tokens, _ = team.of_batch(examples[start : start + batch_size], pad)
+        loss = model(**batch_of(mine, pad, team.device)).loss.item()
+        total += loss * tokens if tokens else 0.0
         count += tokens
+    total, count = team.sum(total, count)
     mean = total / count
-    return Score("perplexity", math.exp(mean) if mean < 700 else math.inf, count)
+    return Score("perplexity", math.exp(mean) if mean < 700 else math.inf, int(count))
 
 
-def _chosen(model, examples, rule, batch_size, pad, device, progress):
+def _chosen(model, examples, rule, batch_size, pad, team, progress):
     """The index of the likeliest answer to each example."""
     by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))
     chosen = [0] * len(examples)
     for start in progress(range(0, len(examples), batch_size)):
-        places = by_length[start : start + batch_size]
-        some = [examples[i] for i in places]
-        sums = log_likelihoods(model, some, pad, device)
+        batch = by_length[start : start + batch_size]
+        longest = max(len(c) for i in batch for c in examples[i].choices)
+        places = team.of(batch)
+        some = [examples[i] for i in places or batch[:1]]  # all ranks run every forward
+        sums = log_likelihoods(model, some, pad, team.device, longest)
         for place, example, each in zip(places, some, sums):
             if rule == "mean":
                 each = each / torch.tensor([len(c) for c in example.choices], device=each.device)
             chosen[place] = int(each.argmax())
-    return chosen
+    return [int(each) for each in team.sum(*chosen)]
 
 
-def log_likelihoods(model, examples, pad, device):
+def log_likelihoods(model, examples, pad, device, longest=1):
     """For each example a tensor: the log-likelihood of each of its choices after its prompt.
 
     The prompt runs once; what is left of answers longer than a token runs for each of them, on its
     keys and values.
+
+    Args:
+        longest: tokens of an answer that may be another rank's. Beyond one there is a second
+            forward, if only for its sake.
     """
     width = max(len(e.prompt) for e in examples)
     ids = torch.full((len(examples), width), pad)
@@ -95,7 +104,7 @@ def log_likelihoods(model, examples, pad, device):
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     answers = [(row, c) for row, e in enumerate(examples) for c in e.choices]
     rows = torch.tensor([row for row, _ in answers], device=device)
-    longest = max(len(c) for _, c in answers)
+    longest = max(longest, *(len(c) for _, c in answers))
     out = model(
         input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1,
         use_cache=longest > 1,
@@ -103,14 +112,14 @@ def log_likelihoods(model, examples, pad, device):
     first = out.logits[:, -1].float().log_softmax(-1)
     total = first[rows, torch.tensor([c[0] for _, c in answers], device=device)]
     if longest > 1:
-        long = [i for i, (_, c) in enumerate(answers) if len(c) > 1]
+        long = [i for i, (_, c) in enumerate(answers) if len(c) > 1] or [0]
         total[long] += _rest(model, [answers[i][1] for i in long], rows[long], out, mask, positions)
     return total.split([len(e.choices) for e in examples])
 
 
 def _rest(model, answers, rows, out, mask, positions):
     """Log-likelihood of all but the first token of each answer after the prompt of its row."""
-    longest, device = max(map(len, answers)), rows.device
+    longest, device = max(2, *map(len, answers)), rows.device
     ids = torch.zeros((len(answers), longest), dtype=torch.long)
     for row, answer in enumerate(answers):
         ids[row, : len(answer)] = torch.tensor(answer)

@@ -6,7 +6,7 @@ is added here alone.
 
 import math
 import types
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 
 import torch
 
@@ -24,6 +24,8 @@ OPTIMIZERS = {  # default learning rates
 }
 DEFAULT_STEPS = 32  # on the default data: about five minutes on two CPU cores
 SCHEDULES = ("linear", "cosine", "constant")
+SHARDINGS = ("none", "fsdp2")
+PLACEMENT = ("sharding", "offload", "tensor_parallel")  # how processes share one model
 DTYPES = ("float32", "bfloat16", "float16")
 TRUNCATIONS = ("prompt-left", "skip", "error")
 
@@ -74,7 +76,7 @@ class Settings:
         None, "passes over the examples; by default 1, and 32 steps of the default data"
     )
     steps: int | None = _option(None, "number of steps, instead of --epochs")
-    batch_size: int = _option(4, "examples in a backward")
+    batch_size: int = _option(4, "examples in a backward, of all processes together")
     gradient_accumulation: int = _option(1, "backwards in a step")
     clip_grad_norm: float | None = _option(1.0, "largest gradient norm; 0 switches clipping off")
     norm: str = _option("global", "global: one norm of all gradients; tensor: each tensor's own")
@@ -108,6 +110,13 @@ class Settings:
         "steps between scores of a validation part, a tenth of what is trained on otherwise; the "
         "weights with the best one are taken",
     )
+    sharding: str | None = _option(
+        None, "none or fsdp2: each process has a part of the model; by default fsdp2 for several"
+    )
+    offload: bool = _option(
+        False, "the model lives in host memory and is updated there; with one process, too"
+    )
+    tensor_parallel: int = _option(1, "processes that share each matrix, by transformers' plan")
     seed: int = _option(0, "of the order of the examples and of stochastic rounding")
 
     def __post_init__(self):
@@ -122,11 +131,17 @@ class Settings:
         self._check("warmup", lambda part: 0 <= part <= 1, "a fraction of the steps, 0 to 1")
         self._check("epochs", lambda n: n is None or 0 < n < math.inf, "a number greater than 0")
         for name in (
-            "steps", "batch_size", "gradient_accumulation", "train_size", "eval_size", "eval_every"
+            "steps", "batch_size", "gradient_accumulation", "train_size", "eval_size", "eval_every",
+            "tensor_parallel",
         ):  # fmt: skip
             self._check(name, lambda n: n is None or n > 0, "a whole number above 0")
         self._check("autocast", lambda on: not on or self.dtype == "float32", "with dtype float32")
         self._check_task()
+        if self.sharding is not None:
+            self._one_of("sharding", SHARDINGS)
+        self._check(
+            "sharding", lambda how: not (self.offload and how == "none"), "fsdp2 with offload"
+        )
         self._check("length", lambda n: n > 1, "a whole number above 1")
         try:
             torch.empty(0, device=self.device)
@@ -139,6 +154,15 @@ class Settings:
             object.__setattr__(self, "eval_size", 1000 if self.task else 64)
         if self.train_size is None and self.task:
             object.__setattr__(self, "train_size", 1000)
+
+    @property
+    def is_sharded(self):
+        """Whether one process is sharded, too; several always are."""
+        return self.offload or self.sharding == "fsdp2"
+
+    def identity(self):
+        """What a run has in common with one that goes on with it, maybe in other processes."""
+        return {key: value for key, value in asdict(self).items() if key not in PLACEMENT}
 
     def _check_task(self):
         if self.task is None:

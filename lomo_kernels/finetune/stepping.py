@@ -62,7 +62,8 @@ def update(optimizer, params, losses, settings):
         return loss, optimizer.last_grad_norm, optimizer.last_step_skipped
     norm = None
     if settings.clip_grad_norm is not None:
-        norm = torch.nn.utils.clip_grad_norm_(params, settings.clip_grad_norm).item()
+        norm = torch.nn.utils.clip_grad_norm_(params, settings.clip_grad_norm)
+        norm = getattr(norm, "full_tensor", lambda: norm)().item()  # a sum over ranks, to be done
     if settings.clip_grad_value is not None:
         torch.nn.utils.clip_grad_value_(params, settings.clip_grad_value)
     optimizer.step()
