@@ -13,6 +13,7 @@ import torch
 
 from . import __version__, finetune, memory, ops
 from .finetune import config
+from .finetune.ranks import LostError, Watch
 from .finetune.settings import typed
 from .integrations import huggingface
 from .optim import OPTIMIZERS
@@ -176,7 +177,7 @@ def _show_plan(found):
 
 def _finetune(options):
     try:
-        with finetune.Watch():
+        with Watch():
             return _tune(options)
     except finetune.StoppedError as stopped:
         finetune.Display().say(str(stopped))
@@ -185,7 +186,7 @@ def _finetune(options):
         return _fail("stopped; what is in --out is whole", 130)
     except (
         ValueError, huggingface.ModelError, finetune.DataError, finetune.OutputError,
-        finetune.LostError,
+        LostError,
     ) as error:  # fmt: skip
         return _fail(error)
     except ImportError as error:

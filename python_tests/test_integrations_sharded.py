@@ -1,7 +1,9 @@
 """Trainer on a model that transformers has loaded in parts, and its checkpoints of parts."""
 
 import contextlib
+import re
 import warnings
+from pathlib import Path
 
 import models
 import pytest
@@ -149,3 +151,33 @@ def _refuses(world, folder):
 def test_trainer_saves_no_optimizer_of_a_model_in_parts(saved):
     """As docs/sharding.md says: to be changed when transformers can."""
     ranks.run(2, _refuses, folder=saved)
+
+
+# -- docs/sharding.md ------------------------------------------------------------------------------
+
+
+def _page(world, folder):
+    """Saving, a step more, and loading: what was saved is there again."""
+    page = (Path(__file__).parent.parent / "docs" / "sharding.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    imports, save, load = blocks[1].split("\n\n")
+    ids = torch.stack([row["input_ids"] for row in examples()]).view(world, -1, 2, 10)
+    ids = ids[torch.distributed.get_rank()]
+    names = {
+        "device": "cpu", "world": world, "folder": str(folder / "saved"), "batches": ids,
+        "model": tiny_llama(torch.float32),
+    }  # fmt: skip
+    before = whole(names["model"])
+    for block in (blocks[0], imports, save):
+        exec(compile(block, "docs/sharding.md", "exec"), names)
+    want = whole(names["model"])
+    check_moved(before, want)
+    names["optimizer"].backward(names["model"](input_ids=ids[0], labels=ids[0]).loss)
+    check_moved(want, whole(names["model"]))
+    exec(compile(load, "docs/sharding.md", "exec"), names)
+    check_same(whole(names["model"]), want)
+    assert names["optimizer"].param_groups[0]["step"] == len(ids)
+
+
+def test_the_page_s_script_runs(tmp_path):
+    ranks.run(2, _page, folder=tmp_path)

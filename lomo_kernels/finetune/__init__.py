@@ -4,7 +4,6 @@ from .checkpoint import OutputError
 from .display import Display
 from .dry import dry_run
 from .job import compare, run, variants
-from .ranks import LostError, Watch
 from .report import Report
 from .settings import OPTIMIZERS, SCHEDULES, Output, Settings
 from .signals import StoppedError
@@ -15,13 +14,11 @@ __all__ = [
     "SCHEDULES",
     "DataError",
     "Display",
-    "LostError",
     "Output",
     "OutputError",
     "Report",
     "Settings",
     "StoppedError",
-    "Watch",
     "compare",
     "dry_run",
     "run",
