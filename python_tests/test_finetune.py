@@ -330,7 +330,7 @@ GOOD = '{"prompt": "a", "completion": "b"}\n'
         (["--train", ("x.jsonl", '[1]')], "line 1: wanted an object, got '[1]'"),
         (["--train", ("x.jsonl", GOOD + '{"text": "b"}')], "line 2: prompt and completion before"),
         (["--train", ("x.jsonl", GOOD)], "x.jsonl has too few examples"),
-        (["--train", ("x.txt", "short")], "x.txt is too short"),
+        (["--train", ("x.txt", "short")], "x.txt is too short, or its"),
         (["--held-out", ("x.jsonl", GOOD)], "must be of one kind"),
         (["--lr", "-1"], "lr must be a number of at least 0, got -1.0"),
         (["--warmup", "2"], "warmup must be a fraction of the steps, 0 to 1, got 2.0"),
