@@ -17,6 +17,7 @@ pytest.importorskip("rich", reason="rich is not installed")
 
 from lomo_kernels import cli, finetune  # noqa: E402
 from lomo_kernels.finetune import checkpoint, data, scoring, wordnet  # noqa: E402
+from lomo_kernels.finetune.examples import Example  # noqa: E402
 from lomo_kernels.integrations import huggingface  # noqa: E402
 from lomo_kernels.memory import HeldBytes, state_bytes  # noqa: E402
 
@@ -199,6 +200,23 @@ def test_the_likeliest_answer_is_that_of_running_each_answer_alone(tiny, questio
         for value, choice in zip(row, example.choices):
             want = len(choice) * alone(model, example.prompt, choice)
             assert value.item() == pytest.approx(want, abs=1e-5)
+
+
+def test_choices_of_any_number_and_length_share_their_prompt(tiny):
+    """The keys and values of a prompt are those of each of its answers, and of no other's."""
+    model, tokenizer = huggingface.load(tiny)
+    random = torch.Generator().manual_seed(1)
+
+    def ids(count):
+        return tuple(torch.randint(1, 250, (count,), generator=random).tolist())
+
+    shapes = [(3, (1, 4)), (7, (2, 2, 5)), (1, (1, 1)), (5, (3, 1, 2, 6))]
+    some = [Example(ids(n), (), choices=tuple(map(ids, lengths))) for n, lengths in shapes]
+    with torch.no_grad():
+        got = scoring.log_likelihoods(model.eval(), some, tokenizer.pad_token_id, "cpu")
+    for row, example in zip(got, some):
+        want = [len(c) * alone(model, example.prompt, c) for c in example.choices]
+        assert row.tolist() == pytest.approx(want, abs=1e-4)
 
 
 def test_comparison_measures_what_is_held(tiny, questions, tmp_path, capsys):

@@ -338,13 +338,16 @@ def test_measures_of_superglue_by_hand():
         *[(None, r, c) for r, c in zip((0, 0, 0, 1, 1, 2), (0, 0, 2, 1, 2, 0))]
     )
     assert scoring.macro_f1(examples, chosen) == pytest.approx((4 / 6 + 2 / 3 + 0) / 3)
+    # an answer that was only chosen counts too
+    examples, chosen = answered((None, 0, 0), (None, 0, 2))
+    assert scoring.macro_f1(examples, chosen) == pytest.approx((2 / 3 + 0) / 2)
 
 
 def test_measures_are_scikit_learn_s():
     metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed")
     for seed in range(20):
         order = random.Random(seed)
-        rows = [(None, order.randrange(3), order.randrange(3)) for _ in range(12)]
+        rows = [(None, order.randrange(3), order.randrange(3)) for _ in range(2 + seed % 9)]
         examples, chosen = answered(*rows)
         right = [r for _, r, _ in rows]
         assert scoring.macro_f1(examples, chosen) == pytest.approx(
