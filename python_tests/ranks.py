@@ -28,8 +28,8 @@ import torch.distributed as dist
 from poison import poison
 from torch.utils._python_dispatch import TorchDispatchMode
 
-LIMIT = 90  # seconds for one test
-GRACE = 5  # seconds for the other ranks to end theirs, once one has failed
+LIMIT = 60  # seconds for one test
+GRACE = 3  # seconds for the other ranks to end theirs, once one has failed
 
 available = dist.is_available() and dist.is_gloo_available()
 needed = pytest.mark.skipif(not available, reason="this build of torch has no gloo")
@@ -127,7 +127,10 @@ _pools = {}  # number of ranks -> Pool
 
 
 def _serve(rank, world, folder, pipe):
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    os.environ.update(  # as torchrun does
+        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT="0",
+    )  # fmt: skip
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world,

@@ -97,6 +97,18 @@ def test_terms_that_cancel_are_noticed():
         assert trusted is not common
 
 
+def test_no_event_is_asked_while_a_graph_is_captured(monkeypatch):
+    class Event:
+        def query(self):
+            raise AssertionError("it would end the capture")
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    cancellation = gram.Cancellation()
+    cancellation._arriving.append((Event(), (0,), torch.ones(1)))
+    cancellation.close()
+    assert cancellation.trusts(0)
+
+
 # -- models ----------------------------------------------------------------------------------------
 
 
@@ -997,17 +1009,16 @@ def test_in_backward_weights_are_updated_and_measured_one_by_one(strategy, monke
         assert calls.updated == []
 
 
-def test_an_update_of_factors_is_that_of_the_gradient_to_the_bit_of_its_sum():
-    """float64: the order of a sum does not show; every option reaches the operation."""
+def test_every_option_reaches_an_update_of_factors():
     options = {"weight_decay": 0.1, "clip_grad_value": 0.01, "clip_grad_norm": CLIP}
-    a, b = (models.build(torch.float64, width=WIDTH) for _ in range(2))
+    a, b = (models.build(width=WIDTH) for _ in range(2))
     one = Lomo(a, lr=LR, strategy="one_backward", loss_scale=8.0, **options)
     two = Lomo(b, lr=LR, strategy="two_backward", loss_scale=8.0, **options)
     for step in range(3):
         one.backward(models.loss_of(a, step))
         two.backward(models.loss_of(b, step))
     for p, q in zip(a.parameters(), b.parameters()):
-        torch.testing.assert_close(p, q, rtol=0, atol=1e-13)
+        torch.testing.assert_close(p, q, rtol=0, atol=2e-7)
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "split", "nearest"])
@@ -1016,9 +1027,10 @@ def test_an_update_of_factors_draws_the_bits_of_its_own_step(rounding):
     torch.manual_seed(0)
     layer = nn.Linear(64, 48, bias=False).bfloat16()
     twin = copy.deepcopy(layer)
-    options = {"lr": LR, "rounding": rounding, "seed": 5}
-    immediate = Lomo(layer, strategy="immediate", **options)
-    plain = Lomo(twin, **options)
+    options = {"lr": 0.3, "rounding": rounding, "seed": 5}
+    other = nn.Parameter(torch.zeros(1))  # so that the weight's number is not 0
+    immediate = Lomo([other, layer.weight], strategy="immediate", **options)
+    plain = Lomo([nn.Parameter(torch.zeros(1)), twin.weight], **options)
     for step in range(3):
         x = torch.zeros(8, 64, dtype=torch.bfloat16)
         x[range(8), range(step, step + 8)] = 1.0  # each element of the gradient has one term
