@@ -19,6 +19,7 @@ from lomo_kernels.memory.timeline import summarise, whole
 WORLD = 2
 CLIPPED = {"clip_grad_norm": 1.0}
 OPTIONS = {
+    "adalomo": CLIPPED,
     "unclipped": {"clip_grad_norm": None},
     "auto": CLIPPED,
     "one_backward": {**CLIPPED, "strategy": "one_backward"},
@@ -75,7 +76,8 @@ def measured(config, job):
 )
 @pytest.mark.parametrize("name", OPTIONS)
 def test_two_ranks_need_what_is_planned(name, checkpointing, units):
-    job = as_job(options=OPTIONS[name], checkpointing=checkpointing, units=units)
+    optimizer = "adalomo" if name == "adalomo" else "lomo"
+    job = as_job(optimizer, options=OPTIONS[name], checkpointing=checkpointing, units=units)
     agree(predict(LLAMA, job), measured(LLAMA, job))
 
 
