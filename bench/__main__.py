@@ -1,16 +1,17 @@
 """Every benchmark within a budget of time, most informative first; rows, plots and a short table.
 
-    python -m bench [--minutes 8] [--only TEXT] [--largest N] [--out FOLDER]
+    python -m bench [--minutes 8] [--only TEXT ...] [--largest N] [--out FOLDER]
     python -m bench --check [--out FOLDER]
+    python -m bench --take FILE ... [--out FOLDER]
 
-Runs whole on a CPU and on an NVIDIA GPU. Rows go to OUT/<device>.csv after each job, in place of
-those of the same measurement, and plots to OUT/<device>/, drawn from that file alone. --check
-measures nothing: it holds the rows to the targets.
+Runs whole on a CPU and on an NVIDIA GPU. Rows go to OUT/<device>.csv as they are made, in place of
+those of the same measurement, and plots to OUT/<device>/, drawn from that file alone. --check and
+--take measure nothing: they hold the rows to the targets, and bring rows of other folders.
 """
 
+import argparse
 import functools
-
-import torch
+from pathlib import Path
 
 from . import (
     bench_adalomo,
@@ -36,27 +37,50 @@ JOBS = [
 ]  # fmt: skip
 
 
-def check(folder):
-    """-> the lines; and whether a target is missed."""
+def check(folder, *gpus):
+    """-> the lines; and whether a target is missed. gpus: those with rows, unless named."""
 
     @functools.cache
     def rows_of(device):
         return record.load(folder / f"{device}.csv")
 
-    found = list(targets.check(rows_of))
-    lines = [f"{d:12} {text:66} {wanted:>8} {value:>8}  {v}" for d, text, wanted, value, v in found]
+    gpus = gpus or sorted(path.stem for path in folder.glob("nvidia_*.csv"))
+    found = list(targets.check(rows_of, gpus))
+    lines = [f"{d:12} {text:74} {wanted:>8} {value:>8}  {v}" for d, text, wanted, value, v in found]
     return lines, any(verdict == "missed" for *_, verdict in found)
 
 
 def parser():
     parser = suite.parser(__doc__.split("\n\n")[0])
-    parser.add_argument("--only", default="", help="jobs whose name has this text")
+    parser.add_argument("--only", nargs="+", default=[""], help="jobs whose name has such a text")
     parser.add_argument("--check", action="store_true", help="hold the rows to the targets")
+    parser.add_argument("--take", type=Path, nargs="+", help="bring the rows of these files")
+    parser.add_argument("--job", help=argparse.SUPPRESS)  # suite.py, Note [Processes]
     return parser
 
 
+def take(files, folder):
+    for file in files:
+        path = folder / file.name
+        record.merge(path, record.load(file), suite.KEY, suite.FIELDS)
+        show(path, plots.draw(record.load(path), folder / path.stem))
+
+
+def show(path, drawn):
+    for each in drawn:
+        print(each)
+    rows = record.load(path)
+    print("\n".join(suite.table(rows)))
+    lines, _ = check(path.parent, path.stem)
+    print("\n".join(line for line in lines if line.startswith(path.stem)))
+    print(f"{path}: {len(rows)} rows")
+
+
 def main():
-    options = parser().parse_args()
+    options = suite.arguments(parser())
+    if options.take:
+        take(options.take, options.out)
+        return 0
     if options.check:
         lines, missed = check(options.out)
         print("\n".join(lines))
@@ -64,14 +88,16 @@ def main():
     where = timing.Where.here(options.largest)
     name = record.device_name()
     path = options.out / f"{name}.csv"
-    left = suite.run(JOBS, where, options.minutes, path, options.only)
-    rows = record.load(path)
-    for drawn in plots.draw(rows, options.out / name):
-        print(drawn)
-    print("\n".join(suite.table(rows)))
+    if options.job:
+        named = [job for job in suite.chosen(JOBS, where) if job.name == options.job]
+        if not named:
+            return f"no job {options.job!r}"
+        return suite.run_one(named[0], 60 * options.minutes, path)
+    jobs = suite.chosen(JOBS, where, options.only)
+    apart = suite.apart(options, where, options.out)
+    left = suite.run(jobs, where, options.minutes, path, apart)
+    show(path, plots.draw(record.load(path), options.out / name))
     print("\n".join(left))
-    print("\n".join(line for line in check(options.out)[0] if line.startswith(name)))
-    print(f"{path}: {len(rows)} rows, torch {torch.__version__}")
     return int(any(line.startswith("failed") for line in left))
 
 

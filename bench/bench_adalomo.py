@@ -41,7 +41,7 @@ def ours(case, where, backend, name):
             **lows(each, arguments),
         )
 
-    return Rival(backend, name, traffic(case, name), make)
+    return Rival(backend, name, traffic(case, name), make, captured=True)
 
 
 def rivals(case, where):

@@ -37,7 +37,9 @@ def rivals(case, where):
         "vector_norm": peers.vector_norm, "foreach": peers.foreach_norm,
         "lomo-optim's": peers.float_norm,
     }  # fmt: skip
-    return found + [Rival(what, PLAIN, traffic(case), make) for what, make in alike.items()]
+    return found + [
+        Rival(what, PLAIN, traffic(case), make, captured=True) for what, make in alike.items()
+    ]
 
 
 def jobs(where):

@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lomo_kernels import AdaLomo, Lomo, ops
 
-from . import peers, suite, timing
+from . import peers, record, suite, timing
+from .device import no_waits
 
 COUNTS = (291, 723, 2000, 18_000)
 SQUARED = 2000  # tensors from which one backward of lomo-optim would take minutes
@@ -70,27 +71,15 @@ def ours(model, kind=Lomo, **options):
 
 
 def lomo_optim(model, norm=None):
-    import lomo_optim
-
     if len(model.params) > SQUARED:
         raise RuntimeError(f"not run: each of {len(model.params)} hooks looks at all of them")
-    optimizer = lomo_optim.Lomo(model.held, lr=1e-3, clip_grad_norm=norm)
-
-    def step():
-        loss = model.loss()
-        if norm:
-            optimizer.grad_norm(loss)
-        optimizer.fused_backward(loss, 1e-3)
-
-    return step
+    _, step = peers.lomo_optim_step(model.held, lr=1e-3, norm=norm)
+    return lambda: step(model.loss())
 
 
 def optimi_release(model):
-    import optimi
-
-    optimizer = optimi.SGD(model.params, lr=1e-3, gradient_release=True)
-    optimi.prepare_for_gradient_release(model.held, optimizer)
-    return lambda: model.loss().backward()
+    _, step = peers.optimi_released(model.held, lr=1e-3)
+    return lambda: step(model.loss())
 
 
 def foreach_sgd(model):
@@ -170,7 +159,8 @@ def counts(where, step):
         step()
     if not where.gpu:
         return counter.launches, counter.reads
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         step()
         torch.cuda.synchronize()
     on_device = torch.autograd.DeviceType.CUDA
@@ -181,13 +171,11 @@ def counts(where, step):
 def waits(step):
     """The error of a step that makes the host wait; None: it does not."""
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
-        step()
+        with no_waits():
+            step()
     except RuntimeError as error:
         return error
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def rows(where, count, seconds):
@@ -216,6 +204,8 @@ def rows(where, count, seconds):
             steps[key]()
             samples[key].append((time.perf_counter() - start) * 1e6)
             models[key].drop()
+    clocks = record.clocks_while(steps["backward alone", ""])
+    models["backward alone", ""].drop()
     floor = timing.Times(samples["backward alone", ""], None, "").quantile(0.5)
     base = counts(where, steps["backward alone", ""])
     for key in RIVALS:
@@ -235,6 +225,7 @@ def rows(where, count, seconds):
             "per_tensor_us": f"{(times.quantile(0.5) - floor) / count:.3f}",
             "launches": launches - base[0],
             "host_reads": reads,
+            "clocks": clocks,
         }
 
 

@@ -116,15 +116,19 @@ def rivals(case, where):
         ("eager, reference's", peers.sequence),
         ("eager, fewest passes", peers.shortest),
     ):
-        found.append(Rival(what, ALL, full, functools.partial(sequence, lr=LR, **arguments)))
+        run = functools.partial(sequence, lr=LR, **arguments)
+        found.append(Rival(what, ALL, full, run, captured=True))
     if case.dtype is not case.grad_dtype:
         return found
+    of_torch = {"p.add_": peers.add, "foreach": peers.foreach, "_fused_sgd_": peers.fused_sgd}
     alike = {
-        "p.add_": peers.add, "foreach": peers.foreach, "_fused_sgd_": peers.fused_sgd,
-        "optimi": peers.optimi_sgd, "pytorch_optimizer": peers.pytorch_optimizer_lomo,
+        **of_torch, "optimi": peers.optimi_sgd, "pytorch_optimizer": peers.pytorch_optimizer_lomo,
         "lomo-optim": peers.lomo_optim_update,
     }  # fmt: skip
-    found += [Rival(what, PLAIN, full, functools.partial(f, lr=LR)) for what, f in alike.items()]
+    found += [
+        Rival(what, PLAIN, full, functools.partial(f, lr=LR), captured=what in of_torch)
+        for what, f in alike.items()
+    ]
     # A scale of 1: it writes the unscaled gradient back, which would be smaller in each round.
     scaled = functools.partial(
         peers.fused_sgd,
@@ -132,7 +136,7 @@ def rivals(case, where):
         grad_scale=torch.ones_like(arguments["skip"]),
         found_inf=arguments["skip"],
     )
-    found.append(Rival("_fused_sgd_", "grad_scale, skip", full, scaled))
+    found.append(Rival("_fused_sgd_", "grad_scale, skip", full, scaled, captured=True))
     norm = functools.partial(peers.lomo_optim_update, lr=LR, norm=True)
     return [*found, Rival("lomo-optim", NORM, traffic(case, NORM), norm)]
 

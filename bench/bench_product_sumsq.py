@@ -45,7 +45,7 @@ def one_by_one(case, where, backend):
 
         return run
 
-    return _rival(backend, case, make, "one by one", captured=False)
+    return _rival(backend, case, make, "one by one")
 
 
 def formed(norm, case, each):
@@ -61,7 +61,7 @@ def formed(norm, case, each):
     return run
 
 
-def _rival(what, case, make, options=PLAIN, captured=True):
+def _rival(what, case, make, options=PLAIN, captured=False):
     return Rival(what, options, case.factors_nbytes, make, captured, flops(case))
 
 
@@ -71,8 +71,8 @@ def rivals(case, where):
         found += [ours(case, where, backend), one_by_one(case, where, backend)]
     return [
         *found,
-        _rival("dW alone", case, functools.partial(formed, False, case)),
-        _rival("dW, vector_norm", case, functools.partial(formed, True, case)),
+        _rival("dW alone", case, functools.partial(formed, False, case), captured=True),
+        _rival("dW, vector_norm", case, functools.partial(formed, True, case), captured=True),
     ]
 
 

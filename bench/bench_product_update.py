@@ -27,10 +27,10 @@ def flops(case):
 
 
 def methods(device):
-    """(backend, method) that run here."""
+    """(backend, method) that run here; first what runs where nobody names one."""
     found = backends(device)
     epilogue = [("triton", "epilogue")] if "triton" in found else []
-    return epilogue + [(backend, "blocks") for backend in found]
+    return [("auto", "auto"), *epilogue, *((backend, "blocks") for backend in found)]
 
 
 def ours(case, where, backend, method, name):
@@ -44,7 +44,8 @@ def ours(case, where, backend, method, name):
             method=method, **arguments,
         )  # fmt: skip
 
-    return Rival(backend, f"{method}, {name}", traffic(case, name), make, flops=flops(case))
+    options = name if method == "auto" else f"{method}, {name}"
+    return Rival(backend, options, traffic(case, name), make, captured=True, flops=flops(case))
 
 
 def alone(case, each):
@@ -76,7 +77,7 @@ def rivals(case, where):
     found = [ours(case, where, *how, name) for how in methods(where.device) for name in names]
     others = {"dW alone": alone, "dW, lomo_update_": formed, "dW, p.add_": add}
     return found + [
-        Rival(what, PLAIN, traffic(case, PLAIN), functools.partial(make, case), flops=flops(case))
+        Rival(what, PLAIN, traffic(case, PLAIN), functools.partial(make, case), True, flops(case))
         for what, make in others.items()
     ]
 

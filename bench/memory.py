@@ -5,6 +5,7 @@
 Nothing is allocated: a step runs on tensors without data. Bytes are per device.
 """
 
+from typing import NamedTuple
 from unittest import mock
 
 from lomo_kernels import memory
@@ -40,8 +41,20 @@ STEPS = {  # name -> row of the paper, options of `plan`
 SHAPE = {"batch": 8, "sequence": 512}
 
 MODELS = ("llama-7b", "llama-3-8b", "llama-13b", "llama-30b", "llama-65b", "llama-3-70b")
-CARDS = ((1, 24), (1, 48), (1, 80), (1, 141), (8, 24))  # devices, GiB of each
 STEP = {"batch": 1, "sequence": 1024, "checkpointing": "non_reentrant"}
+
+
+class Card(NamedTuple):
+    devices: int
+    gib: int  # of each
+    offload: str | None = None
+
+    def __str__(self):
+        name = f"{self.gib} GiB" if self.devices == 1 else f"{self.devices} x {self.gib} GiB"
+        return name if self.offload is None else f"{name}, offloaded"
+
+
+CARDS = (Card(1, 24), Card(1, 48), Card(1, 80), Card(1, 141), Card(8, 24), Card(1, 24, "cpu"))
 
 
 def _reference(name, model, options):
@@ -79,20 +92,24 @@ def table1_rows():
             }
 
 
-def card_row(model, devices, gib):
+def card_row(model, card):
     """`plan` of a clipped step by Lomo, and the longest sequence that fits in two backwards."""
-    device_memory = gib * GIB
-    options = {**STEP, "devices": devices, "device_memory": device_memory}
+    device_memory = card.gib * GIB
+    options = {**STEP, "devices": card.devices, "device_memory": device_memory}
+    if card.devices > 1 or card.offload is not None:
+        options |= {"units": "fine", "offload": card.offload}
     found = memory.plan(model, **options)
     longest = memory.plan(model, **options, strategy="two_backward", search="sequence")
     return {
         "model": model,
         "parameters": found.parameters,
-        "devices": devices,
+        "devices": card.devices,
+        "offload": card.offload or "no",
         "device_memory_bytes": device_memory,
         "peak_bytes": found.peak,
         "least_peak_bytes": longest.peak,
         "longest_sequence": longest.largest_sequence,
+        "least_host_bytes": longest.host_peak or 0,
     }
 
 
@@ -138,14 +155,15 @@ def cards():
 
     rows = record.read("cards")
     cells = {card_of(r): r for r in rows}
-    names = [f"{gib} GiB" if n == 1 else f"{n} x {gib} GiB" for n, gib in CARDS]
-    body = [[m, *(_cell(cells[(m, *card)]) for card in CARDS)] for m in MODELS]
-    return _table(["model", *names], body) + _source(rows, "cards")
+    body = [[m, *(_cell(cells[m, card]) for card in CARDS)] for m in MODELS]
+    return _table(["model", *map(str, CARDS)], body) + _source(rows, "cards")
 
 
 def card_of(row):
-    """The model, how many devices, GiB of each."""
-    return row["model"], int(row["devices"]), int(row["device_memory_bytes"]) // GIB
+    """The model and the card."""
+    offload = None if row["offload"] == "no" else row["offload"]
+    gib = int(row["device_memory_bytes"]) // GIB
+    return row["model"], Card(int(row["devices"]), gib, offload)
 
 
 def _cell(row):
@@ -154,10 +172,12 @@ def _cell(row):
         int(row["device_memory_bytes"]) - int(row[key])
         for key in ("peak_bytes", "least_peak_bytes")
     )
-    if margin >= 0:
+    if (host := int(row["least_host_bytes"])) and most >= 0:
+        return f"**{report.size(most)} to spare**, {longest}, {report.size(host)} of host memory"
+    if margin >= GIB:
         return f"**{report.size(margin)} to spare**, {longest}"
     if most >= 0:
-        return f"fits in two backwards, {longest}"
+        return f"**{report.size(most)} to spare** in two backwards, {longest}"
     return f"{report.size(-most)} missing" + (
         f", {longest}" if int(row["longest_sequence"]) else ""
     )
@@ -167,7 +187,7 @@ def main():
     from rich.progress import track
 
     print(record.write("table1", list(table1_rows())))
-    wanted = [(model, *card) for model in MODELS for card in CARDS]
+    wanted = [(model, card) for model in MODELS for card in CARDS]
     print(record.write("cards", [card_row(*each) for each in track(wanted, "cards")]))
 
 

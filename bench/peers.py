@@ -1,8 +1,11 @@
-"""The same work by others: torch, and packages where they are installed.
+"""The same work by others: torch, and packages where they are installed; and what they published.
 
-Each takes a `timing.Set` and the arguments of the work and gives a function that does it once. A
+Those of a kernel take a `timing.Set` and the arguments of the work and give a function that does it
+once; those of a training step take a model and give (optimizer or None, function of the loss). A
 package that is missing raises ImportError, which becomes the note of its row.
 """
+
+from typing import NamedTuple
 
 import torch
 
@@ -180,3 +183,73 @@ def lomo_optim_adalomo(each, *, lr):
         optimizer.grad_func(0)
 
     return run
+
+
+# -- a training step -------------------------------------------------------------------------------
+
+
+def kept(model, make, norm=None):
+    """An optimizer that needs all gradients; clipped as torch does it."""
+    optimizer = make(model.parameters())
+
+    def step(loss):
+        loss.backward()
+        if norm:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return optimizer, step
+
+
+def lomo_optim_step(model, *, lr, norm=None):
+    import lomo_optim
+
+    optimizer = lomo_optim.Lomo(model, lr=lr, clip_grad_norm=norm)
+
+    def step(loss):
+        if norm:
+            optimizer.grad_norm(loss)
+        optimizer.fused_backward(loss, lr)
+
+    return None, step
+
+
+def optimi_released(model, *, lr, kind="SGD"):
+    """Each gradient is used in backward, unclipped."""
+    import optimi
+
+    optimizer = getattr(optimi, kind)(model.parameters(), lr=lr, gradient_release=True)
+    optimi.prepare_for_gradient_release(model, optimizer)
+    return None, torch.Tensor.backward
+
+
+def flashoptim_released(model, *, lr, kind="FlashAdamW"):
+    """Likewise; its master weights of 24 bits and quantized states, as it comes."""
+    import flashoptim
+
+    optimizer = getattr(flashoptim, kind)(model.parameters(), lr=lr)
+    flashoptim.enable_gradient_release(model, optimizer)
+    return None, torch.Tensor.backward
+
+
+class Published(NamedTuple):
+    """Others' own figures, on their machine: shown beside measured rows, never among them."""
+
+    what: str
+    options: str
+    seconds: float
+    peak: str
+
+
+# arXiv 2606.22932 and its repository's README: a Llama-3.1-8B, batch 1, 512 tokens, all in bf16, no
+# clipping; a step is the median of 20.
+FORGE = (
+    Published("FORGE", "AdamW", 0.1102, "48.36 GB"),
+    Published("FORGE", "AdamW, int8 moments", 0.1550, "35.32 GB"),
+    Published("AdamW", "fused", 0.1343, "60.08 GB"),
+    Published("AdamW", "", 0.1671, "62.04 GB"),
+    Published("bitsandbytes", "8-bit", 0.3163, "45.36 GB"),
+)
+FORGE_CASE = "Llama-3.1-8B, 512 tokens, FORGE's protocol"
+FORGE_DEVICE = "one H200"

@@ -1,6 +1,6 @@
 """README's section on what was measured, of every device that has rows."""
 
-from . import record, targets
+from . import peers, record, targets
 
 
 def devices():
@@ -76,6 +76,16 @@ def host(rows):
 MEMORY = ("peak", "gradients", "states", "activations")
 
 
+def sizes(row):
+    return [row[f"{name}_bytes"] for name in MEMORY]
+
+
+def published(each):
+    """A line of others' own figures."""
+    options = ", ".join(filter(None, (each.options, f"as published, {peers.FORGE_DEVICE}")))
+    return [peers.FORGE_CASE, each.what, options, f"{each.seconds:.3f}", "", each.peak, "", "", ""]
+
+
 def train(rows):
     body = [
         [
@@ -84,11 +94,13 @@ def train(rows):
             r["options"],
             f"{float(r['p50_us']) / 1e6:.3f}" if r["p50_us"] else r["note"],
             r["tokens_per_s"],
-            *(f"{int(r[f'{name}_bytes']) / 2**30:.3f}" if r["p50_us"] else "" for name in MEMORY),
+            *(f"{int(size) / 2**30:.3f}" if size else "" for size in sizes(r)),
         ]
         for r in rows
         if r["bench"] == "train_step"
     ]
+    if any(row[0] == peers.FORGE_CASE for row in body):
+        body += [published(each) for each in peers.FORGE]
     if body:
         yield (
             "A training step:",
@@ -116,5 +128,5 @@ def performance():
             "and as machine code, as said above; their speed on a device, and their bit parity "
             "there, are not shown.\n\n"
         )
-    body = [list(each) for each in targets.check(record.read)]
+    body = [list(each) for each in targets.check(record.read, devices()[1:])]
     return text + _table(["device", "target", "wanted", "measured", ""], body)

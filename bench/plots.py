@@ -112,7 +112,7 @@ def step_time(rows):
 
 def memory(rows):
     """The most of each category at any moment of a step."""
-    rows, _ = _steps(rows)
+    rows = [r for r in _steps(rows)[0] if r["parameters_bytes"]]  # on a GPU not of all of them
     if not rows:
         return None
     figure, axes = _figure(

@@ -65,16 +65,21 @@ def device_name():
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
-def clocks():
-    """Of processor or of GPU and its memory now, in MHz; measurements leave them as they are."""
+ASK = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader"]
+
+
+def clocks_while(work):
+    """Of processor or of GPU and its memory, in MHz, while `work` runs again and again;
+    measurements leave them as they are."""
     try:
         if torch.cuda.is_available():
-            command = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader"]
-            found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            return found.splitlines()[0]
+            with subprocess.Popen(ASK, stdout=subprocess.PIPE, text=True) as asked:
+                while asked.poll() is None:  # an idle GPU would slow down until it answers
+                    work()
+                return asked.stdout.read().splitlines()[0]
         cores = re.findall(r"cpu MHz\s*: (\S+)", Path("/proc/cpuinfo").read_text())
         return f"{sum(map(float, cores)) / len(cores):.0f} MHz"
-    except (OSError, subprocess.CalledProcessError, ZeroDivisionError):
+    except (OSError, IndexError, ZeroDivisionError):
         return "unknown"
 
 
@@ -85,11 +90,12 @@ def write(name, rows):
 
 
 def merge(path, rows, key, fields):
-    """Adds rows to a file, in place of those with the same values of `key`."""
-    now = {**context(), "clocks": clocks()}
+    """Adds rows to a file, in place of those with the same values of `key`; those that were read
+    from a file keep their context."""
     kept = {tuple(row[k] for k in key): row for row in load(path)}
     for row in rows:
-        kept[tuple(str(row.get(k, "")) for k in key)] = {**row, **now}
+        place = tuple(str(row.get(k, "")) for k in key)
+        kept[place] = row if "commit" in row else {**row, **context()}
     return _save(path, list(kept.values()), fields)
 
 

@@ -1,15 +1,20 @@
-"""Jobs in the order of what they tell, within a budget of time; rows are saved after each."""
+"""Jobs in the order of what they tell, within a budget of time; rows are saved as they are made.
+
+Note [Processes]: on a GPU each job has a process of its own. What one leaves behind (a graph that
+was not captured, an error of a kernel, memory that others pin) is gone with it, and one that hangs
+is ended.
+"""
 
 import argparse
 import gc
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-from . import record, timing
+from . import fake_gpu, record, timing
 
 KEY = ("bench", "case", "what", "options", "dtype")
 FIELDS = (
@@ -21,14 +26,21 @@ FIELDS = (
 )  # fmt: skip
 
 
+ROOT = Path(__file__).parent.parent
+LEAST = 20  # seconds of a process: to start, to compile kernels, to tell something
+MOST = 150  # after which it hangs
+
+
 class Job(NamedTuple):
     """rank: what runs first. run(seconds) yields rows, dicts of some of FIELDS. numel: elements of
-    its tensors, to leave out what is larger than asked for."""
+    its tensors, to leave out what is larger than asked for. least: seconds without which it is not
+    begun on a GPU."""
 
     rank: int
     name: str
     run: Callable
     numel: int = 0
+    least: float = LEAST
 
 
 def timed(rank, where, bench, case, rivals):
@@ -40,45 +52,69 @@ def timed(rank, where, bench, case, rivals):
     return Job(rank, f"{bench}: {case.name}, {case.dtypes}", run, case.numel)
 
 
-def run(jobs, where, minutes, path, only="", say=print):
+def chosen(jobs, where, only=("",)):
+    """Of functions that take `where` and yield jobs: those that fit, by rank, whose names have one
+    of the texts `only`."""
+    found = (job for each in jobs for job in each(where) if job.numel <= where.largest)
+    named = [job for job in found if any(text in job.name for text in only)]
+    return sorted(named, key=lambda job: job.rank)
+
+
+def run(jobs, where, minutes, path, apart=None, say=print):
     """Runs what fits into the budget; -> lines about the jobs that failed or had no time.
 
-    jobs: functions that take `where` and yield jobs. only: a text that their names have to have.
+    apart(job, seconds, limit) runs a job in another process; None: here.
     """
     end = time.monotonic() + 60 * minutes
-    jobs = sorted(
-        (
-            job
-            for each in jobs
-            for job in each(where)
-            if job.numel <= where.largest and only in job.name
-        ),
-        key=lambda job: job.rank,
-    )
     left = []
     for i, job in enumerate(jobs):
         remaining = end - time.monotonic()
-        if remaining <= 0:
+        if remaining <= (job.least if apart else 0):
             left.append(f"no time for {job.name}")
             continue
         say(f"[{i + 1}/{len(jobs)}, {remaining:.0f} s left] {job.name}")
         # No job takes more than it can of what is left, and none more than it needs.
         seconds = max(0.1, min(6.0, remaining / 20))
-        rows = []
-        try:
-            for row in job.run(seconds):
-                rows.append(row)  # those before a failure are kept
-        except Exception as error:  # the other jobs' time is not lost for it
-            left.append(f"failed: {job.name}: {timing.note(error)}")
+        if apart:
+            failure = apart(job, seconds, min(MOST, remaining))
+        else:
+            failure = run_one(job, seconds, path)
+        if failure:
+            left.append(f"failed: {job.name}: {failure}")
             say(left[-1])
-        record.merge(path, rows, KEY, FIELDS)
         gc.collect()
-        if where.gpu:
-            torch.cuda.empty_cache()
     return left
 
 
-OURS = ("native", "triton", "Lomo", "AdaLomo")
+def run_one(job, seconds, path):
+    """Saves the rows of a job; -> the failure that ended it, which costs the other jobs nothing."""
+    try:
+        for row in job.run(seconds):
+            record.merge(path, [row], KEY, FIELDS)
+    except Exception as error:
+        return timing.note(error)
+    return None
+
+
+def process(where, folder, *more):
+    """The `apart` of `run`: `python -m bench --job` with the same device and folder."""
+
+    def apart(job, seconds, limit):
+        command = [
+            sys.executable, "-m", "bench", "--job", job.name, "--minutes", f"{seconds / 60}",
+            "--largest", str(where.largest), "--out", str(folder.resolve()), *more,
+        ]  # fmt: skip
+        sys.stdout.flush()
+        try:
+            status = subprocess.run(command, cwd=ROOT, timeout=limit).returncode
+        except subprocess.TimeoutExpired:
+            return f"ended after {limit:.0f} s; the rows before are kept"
+        return f"exit {status}" if status else None
+
+    return apart
+
+
+OURS = ("auto", "native", "triton", "Lomo", "AdaLomo")
 FLOORS = ("copy", "floor", "backward alone", "dW alone")
 
 
@@ -145,16 +181,32 @@ def parser(text):
     parser.add_argument("--minutes", type=float, default=8.0, help="budget of time")
     parser.add_argument("--largest", type=_elements, help="elements of a case, at most")
     parser.add_argument("--out", type=Path, default=record.RESULTS, help="folder of the rows")
+    parser.add_argument("--fake-gpu", action="store_true", help=argparse.SUPPRESS)
     return parser
+
+
+def apart(options, where, folder):
+    """How the jobs of a command line are run."""
+    if not where.gpu:
+        return None
+    return process(where, folder, *(["--fake-gpu"] if options.fake_gpu else []))
+
+
+def arguments(parser):
+    options = parser.parse_args()
+    if options.fake_gpu:
+        fake_gpu.install()
+    return options
 
 
 def main(jobs, text):
     """The command line of one bench."""
-    options = parser(text.split("\n\n")[0]).parse_args()
+    options = arguments(parser(text.split("\n\n")[0]))
     where = timing.Where.here(options.largest)
     path = options.out / f"{record.device_name()}.csv"
     before = {tuple(row[k] for k in KEY): row for row in record.load(path)}
-    left = run(jobs, where, options.minutes, path)
+    found = chosen(jobs, where)
+    left = run(found, where, options.minutes, path, apart(options, where, options.out))
     new = [row for row in record.load(path) if before.get(tuple(row[k] for k in KEY)) != row]
     print("\n".join(lines(new)))
     print("\n".join([*left, str(path)]))

@@ -7,9 +7,9 @@ tensors of less than a few hundred KB are in the cache all the same. On a GPU as
 is read before a sample starts.
 
 Note [Host time]: on a GPU the calls on all sets are captured into one CUDA graph, and a sample is
-one replay between two events; what stops the host or hands it memory cannot be captured and is
-timed between events as it is called. `host_us` is the wall time of plain calls. On the CPU there is
-one time.
+one replay between two events. What stops the host or hands it memory cannot be captured, and what
+others wrote is not tried: it is timed between events as it is called. `host_us` is the wall time of
+plain calls. On the CPU there is one time.
 """
 
 import math
@@ -22,7 +22,10 @@ from typing import NamedTuple
 
 import torch
 
-SETS = {"cpu": 64, "cuda": 1024}
+from . import device, record
+
+SETS, GPU_SETS = 64, 1024
+CALLS = 2000  # of a sample on a GPU, at most: a graph of more takes long to make
 ROUNDS = 25
 # Bytes per second that the makers' data sheets give for device memory, by a part of torch's name.
 SHEETS = {
@@ -39,6 +42,7 @@ class Where(NamedTuple):
     cache: int
     sheet: float | None
     largest: int
+    gpu: bool = False
 
     @classmethod
     def here(cls, largest=None):
@@ -46,12 +50,9 @@ class Where(NamedTuple):
             properties = torch.cuda.get_device_properties(0)
             sheet = next((rate for name, rate in SHEETS.items() if name in properties.name), None)
             room = min(2**29, properties.total_memory // 32)
-            return cls(torch.device("cuda", 0), properties.L2_cache_size, sheet, largest or room)
+            where = torch.device(device.NAME)
+            return cls(where, properties.L2_cache_size, sheet, largest or room, True)
         return cls(torch.device("cpu"), _cpu_cache(), None, largest or 2**26)
-
-    @property
-    def gpu(self):
-        return self.device.type == "cuda"
 
 
 def _cpu_cache():
@@ -67,22 +68,25 @@ class Set(NamedTuple):
 
 class Rival(NamedTuple):
     """bytes: what the job must move, whoever does it. make(set) -> function of no arguments.
-    captured: whether a CUDA graph of it does the same again. flops: of matrix products."""
+    captured: whether it is known that a CUDA graph of it does the same again. flops: of matrix
+    products."""
 
     what: str
     options: str
     bytes: int
     make: Callable
-    captured: bool = True
+    captured: bool = False
     flops: int = 0
 
 
 class Times(NamedTuple):
-    """Microseconds of a call: samples; wall time; "graph", "events" or "clock"."""
+    """Microseconds of a call: samples; wall time; "graph", "events" or "clock"; the clocks of the
+    device at work."""
 
     samples: list
     host: float
     how: str
+    clocks: str = ""
 
     def quantile(self, q):
         return torch.tensor(self.samples, dtype=torch.float64).quantile(q).item()
@@ -92,7 +96,7 @@ def sets_of(case, where):
     """See Note [Cold data]; weights and gradients as large as those of a model at work."""
     kinds = ((case.shapes, case.dtype, 0.02), (case.grad_shapes, case.grad_dtype, 1e-3))
     size = sum(math.prod(shape) * dtype.itemsize for shapes, dtype, _ in kinds for shape in shapes)
-    count = min(SETS[where.device.type], 1 + math.ceil(3 * where.cache / size))
+    count = min(GPU_SETS if where.gpu else SETS, 1 + math.ceil(3 * where.cache / size))
 
     def tensors(shapes, dtype, deviation):
         numbers = [math.prod(shape) for shape in shapes]
@@ -126,7 +130,7 @@ class _OnCpu:
 class _OnGpu:
     def __init__(self, runs, rival, flush):
         size = rival.bytes
-        self.runs = runs * math.ceil(256e6 / max(size * len(runs), 4e6))
+        self.runs = (runs * math.ceil(256e6 / max(size * len(runs), 4e6)))[:CALLS]
         self.flush, self.graph = flush, None
         for run in runs:  # compiles and allocates
             run()
@@ -138,12 +142,11 @@ class _OnGpu:
         self.sample()
 
     def _capture(self):
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with device.capture(graph):
                 self._call()
         except RuntimeError:
-            torch.cuda.set_stream(stream)  # a capture that failed leaves its own
             return None
         return graph
 
@@ -169,13 +172,11 @@ class _OnGpu:
 
 
 def _stops_the_host(run):
-    torch.cuda.set_sync_debug_mode("error")
     try:
-        run()
+        with device.no_waits():
+            run()
     except RuntimeError:
         return True
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     return False
 
 
@@ -185,7 +186,8 @@ def compare(where, case, rivals, seconds):
     flush = _flush(where) if where.gpu else None
     for i, rival in enumerate(rivals):
         try:
-            runs = [rival.make(each) for each in sets]
+            of_its_own = i == len(rivals) - 1  # the copy has large tensors, beside small ones too
+            runs = [rival.make(each) for each in sets[: 1 if of_its_own else None]]
             clocks[i] = _OnGpu(runs, rival, flush) if where.gpu else _OnCpu(runs)
         except Exception as error:  # a rival that cannot do this case is a row that says so
             failed[i] = error
@@ -197,11 +199,12 @@ def compare(where, case, rivals, seconds):
         random.Random(round).shuffle(order)
         for i in order:
             samples[i].append(clocks[i].sample())
+    speed = record.clocks_while(clocks[order[-1]].sample) if order else ""
     for i, rival in enumerate(rivals):
         if i in failed:
             yield rival, failed[i]
         else:
-            yield rival, Times(samples[i], clocks[i].host(), clocks[i].how)
+            yield rival, Times(samples[i], clocks[i].host(), clocks[i].how, speed)
 
 
 def copy_of(where):
@@ -221,6 +224,8 @@ def rows(where, bench, case, rivals, seconds):
     """Rows of a case: every rival's times, and its rate beside the copy's."""
     found = list(compare(where, case, rivals, seconds))
     copy, times = found[-1]
+    if isinstance(times, Exception):
+        raise times
     copied = copy.bytes / times.quantile(0.5) * 1e6
     for rival, times in found:
         row = {
@@ -242,6 +247,7 @@ def rows(where, bench, case, rivals, seconds):
             "of_sheet": "" if where.sheet is None else f"{rate / where.sheet:.4f}",
             "tflop_per_s": f"{rival.flops / times.quantile(0.5) / 1e6:.2f}" if rival.flops else "",
             "timed": times.how,
+            "clocks": times.clocks,
         }
 
 

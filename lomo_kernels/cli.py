@@ -12,7 +12,9 @@ from importlib import metadata
 import torch
 
 from . import __version__, finetune, memory, ops
-from .finetune import checkpoint, data
+from .finetune import config
+from .finetune.ranks import LostError, Watch
+from .finetune.settings import typed
 from .integrations import huggingface
 from .optim import OPTIMIZERS
 from .optim.arguments import STRATEGIES
@@ -57,59 +59,24 @@ def _parser():
 
 
 def _add_finetune_options(tune):
-    defaults = {field.name: field.default for field in fields(finetune.Settings)}
-
-    def add(name, help, type=str, **more):
-        default = defaults.get(name[2:].replace("-", "_"))
-        if default is not None and "by default" not in help:
-            help += f" (default {default})"
-        tune.add_argument(name, help=help, type=type, default=argparse.SUPPRESS, **more)
-
-    add("--model", "smollm2-135m-instruct, a local directory, a .gguf file or a model id")
-    add("--train", "file of examples: .jsonl with prompt and completion (or text), or plain text")
-    add("--held-out", "file of examples for the score; without it a tenth of --train")
-    add("--out", "folder for checkpoints and the model; an interrupted run goes on there")
-    add("--optimizer", ", ".join(finetune.OPTIMIZERS))
-    add("--compare", "other optimizers on the same data, e.g. sgd,adamw or sgd=0.1,adamw=3e-5")
-    add(
-        "--lr",
-        "largest learning rate; by default "
-        + ", ".join(f"{lr:g} for {name}" for name, lr in finetune.OPTIMIZERS.items()),
-        float,
-    )
-    add("--schedule", "linear, cosine or constant")
-    add("--warmup", "fraction of the steps in which the learning rate rises", float)
-    add(
-        "--epochs",
-        "passes over the examples; by default 1, and 32 steps of the default data",
-        float,
-    )
-    add("--steps", "number of steps, instead of --epochs", int)
-    add("--batch-size", "examples in a step", int)
-    add("--length", "tokens of an example at most", int)
-    add("--clip-grad-norm", "largest gradient norm; 0 switches clipping off", float)
-    add("--norm", "global: one norm of all gradients; tensor: each tensor's own")
-    add(
-        "--strategy",
-        f"how {OURS} update: {', '.join(STRATEGIES)}",
-    )
-    add("--clip-grad-value", "largest absolute value of a gradient element", float)
-    add("--weight-decay", "decoupled weight decay", float)
-    add(
-        "--loss-scale",
-        "factor of the loss: a number, dynamic, none, or auto: dynamic for float16",
-        _loss_scale,
-    )
-    add("--dtype", "float32, bfloat16 or float16; by default float32 on a CPU, bfloat16 on a GPU")
-    add("--rounding", "of 16-bit parameters: auto, nearest, stochastic or split")
-    add("--backend", "auto, native, triton or reference")
-    add("--device", "cpu, cuda, cuda:1, ...; by default a GPU where there is one")
-    add("--eval-size", "held-out examples that are scored", int)
-    add("--save-every", "steps between checkpoints; by default a quarter of the run", int)
-    add("--seed", "of the order of the examples and of stochastic rounding", int)
+    """All are texts here: `settings.typed` knows their types, for a file of options too."""
+    for each in (*fields(finetune.Settings), *fields(finetune.Output)):
+        name, help = "--" + each.name.replace("_", "-"), each.metadata["help"]
+        if each.type is bool:
+            tune.add_argument(
+                name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help
+            )
+            continue
+        if each.default is not None and "by default" not in help:
+            help += f" (default {each.default})"
+        tune.add_argument(name, default=argparse.SUPPRESS, help=help)
+    tune.add_argument("--config", help="YAML file of these options; the command line goes before")
     tune.add_argument(
-        "--checkpointing", action="store_true", default=argparse.SUPPRESS,
-        help="recompute activations in backward: less memory, a third more time",
+        "--dump-config", action="store_true", help="print such a file with every option, and stop"
+    )
+    tune.add_argument(
+        "--dry-run", action="store_true",
+        help="print what the run would do: tokens, steps, memory by kind; and stop",
     )  # fmt: skip
 
 
@@ -208,45 +175,56 @@ def _show_plan(found):
     console.print(found.verdict(), markup=False)
 
 
-def _loss_scale(text):
-    if text == "none":
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        return text  # auto and dynamic; anything else the optimizer refuses
-
-
 def _finetune(options):
-    options = {key: value for key, value in vars(options).items() if key != "command"}
-    if options.get("clip_grad_norm") == 0:
-        options["clip_grad_norm"] = None
-    options.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
-    options.setdefault("dtype", "float32" if options["device"] == "cpu" else "bfloat16")
-    out, save_every = options.pop("out", None), options.pop("save_every", None)
-    others = [name for name in options.pop("compare", "").split(",") if name]
     try:
-        display = finetune.Display()
-        settings = finetune.Settings(**options)
-        report = finetune.run(settings, out, save_every, display)
-        finetune.compare(settings, report, others, display)
+        with Watch():
+            return _tune(options)
     except finetune.StoppedError as stopped:
-        display.say(str(stopped))
+        finetune.Display().say(str(stopped))
         return 130
+    except KeyboardInterrupt:
+        return _fail("stopped; what is in --out is whole", 130)
     except (
-        ValueError, huggingface.ModelError, data.DataError, checkpoint.ResumeError,
+        ValueError, huggingface.ModelError, finetune.DataError, finetune.OutputError,
+        LostError,
     ) as error:  # fmt: skip
         return _fail(error)
     except ImportError as error:
         return _fail(f"{error}: pip install 'lomo_kernels[finetune]'")
-    if out is not None:
-        display.say(f"the fine-tuned model is in {out}/model")
-    return 0
 
 
-def _fail(message):
+def _tune(options):
+    given = {key: value for key, value in vars(options).items() if key != "command"}
+    path, dump, dry = (given.pop(key) for key in ("config", "dump_config", "dry_run"))
+    given = (config.read(path) if path is not None else {}) | given
+    given.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = given["device"] != "cpu" and not given.get("autocast")
+    given.setdefault("dtype", "bfloat16" if on_gpu else "float32")
+    settings = finetune.Settings(**typed(finetune.Settings, given))
+    output = finetune.Output(**typed(finetune.Output, given))
+    others = [name for name in (output.compare or "").split(",") if name]
+    finetune.variants(settings, others)
+    if dump:
+        print(config.dumped(settings, output), end="")
+        return 0
+    display = finetune.Display()
+    if dry:
+        finetune.dry_run(settings, display)
+        return 0
+    report = finetune.run(settings, output, display)
+    finetune.compare(settings, report, others, display)
+    doubt = report.doubt()
+    if output.out is not None:
+        what = "fine-tuned model" if doubt is None else "model"
+        display.say(f"the {what} is in {output.out}/model")
+    if doubt is not None:
+        display.say(f"no success: {doubt}")
+    return 1 if report.failed else 0
+
+
+def _fail(message, status=2):
     print(f"lomo-kernels: {message}", file=sys.stderr)
-    return 2
+    return status
 
 
 def _doctor(options):

@@ -18,7 +18,7 @@ from bench import (
     bench_product_sumsq,
     bench_product_update,
     bench_train_step,
-    gpu_suite,
+    fake_gpu,
     plots,
     record,
     shapes,
@@ -130,7 +130,7 @@ PRODUCT = shapes.Products("product", ((24, 40, 0),), 9, updated=True)
 LAYER = shapes.products_of("layer", bench_product_sumsq.Shape(16, 24, 2, 2, 1, 0), 7, 2)
 
 
-@pytest.mark.parametrize("what", ["native", "dW, lomo_update_", "dW, p.add_", "dW alone"])
+@pytest.mark.parametrize("what", ["auto", "native", "dW, lomo_update_", "dW, p.add_", "dW alone"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_every_rival_applies_the_product(what, dtype):
     case = PRODUCT._replace(dtype=dtype)
@@ -231,43 +231,16 @@ def test_sets_are_larger_than_the_cache_and_used_in_turn():
     assert torch.cat([p.flatten() for s in sets for p in s.params]).unique().numel() > 100
 
 
-class FakeGraph:
-    """Captures nothing; keeps what was done to it."""
-
-    replays = 0
-
-    def replay(self):
-        FakeGraph.replays += 1
-
-
-class FakeEvent:
-    def __init__(self, enable_timing):
-        assert enable_timing
-
-    def record(self):
-        self.at = FakeGraph.replays
-
-    def synchronize(self):
-        pass
-
-    def elapsed_time(self, end):
-        return 8.0  # milliseconds
-
-
-@pytest.mark.parametrize("kind", ["graph", "stops the host", "fails in a capture", "no capture"])
+@pytest.mark.parametrize("kind", ["graph", "stops the host", "fails in a capture", "not known"])
 def test_timing_on_a_gpu_without_one(monkeypatch, kind):
     """The course of it: warm up, capture or not, read other memory, replay between events."""
-    monkeypatch.setattr(FakeGraph, "replays", 0)
-    done, modes = [], []
+    done, modes, streams, replays = [], [], [], []
 
     @contextlib.contextmanager
-    def capture(graph):
+    def capture(graph, pool):
+        yield
         if kind == "fails in a capture":
             raise RuntimeError("operation not permitted when stream is capturing")
-        yield
-
-    def set_mode(mode):
-        modes.append(mode)
 
     def run():
         if kind == "stops the host" and modes[-1:] == ["error"]:
@@ -275,22 +248,55 @@ def test_timing_on_a_gpu_without_one(monkeypatch, kind):
         done.append("run")
 
     for name, fake in {
-        "synchronize": lambda: None, "set_sync_debug_mode": set_mode, "CUDAGraph": FakeGraph,
-        "graph": capture, "Event": FakeEvent, "current_stream": lambda: "stream",
-        "set_stream": done.append,
+        **fake_gpu.FAKES, "graph": capture, "set_sync_debug_mode": modes.append,
+        "current_stream": lambda: "stream", "set_stream": streams.append,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, fake)
-    rival = timing.Rival("it", "", 10**8, None, captured=kind != "no capture")
+    monkeypatch.setattr(fake_gpu.Graph, "replay", lambda self: replays.append(self))
+    monkeypatch.setattr(fake_gpu.Event, "elapsed_time", lambda self, end: 8.0)  # milliseconds
+    rival = timing.Rival("it", "", 10**8, None, captured=kind != "not known")
     clock = timing._OnGpu([run, run], rival, lambda: done.append("flush"))
     assert clock.how == ("graph" if kind == "graph" else "events")
     assert len(clock.runs) == 4  # more than 256 MB of traffic
-    assert ("stream" in done) == (kind == "fails in a capture")
+    assert streams == (["stream"] if kind == "fails in a capture" else [])
     done.clear()
     assert clock.sample() == 8.0 / 4 * 1e3
     assert done == ["flush"] + ([] if kind == "graph" else ["run"] * 4)
-    assert FakeGraph.replays == (2 if kind == "graph" else 0)
+    assert len(replays) == (2 if kind == "graph" else 0)
     assert clock.host() > 0
-    assert modes in ([], ["error", "default"])
+    assert modes == ([] if kind == "not known" else ["error", "default"])
+
+
+def test_a_sample_on_a_gpu_has_at_most_2000_calls(monkeypatch):
+    for name, fake in fake_gpu.FAKES.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    runs = [lambda: None] * 1024
+    clock = timing._OnGpu(runs, timing.Rival("small", "", 1000, None, captured=True), lambda: None)
+    assert len(clock.runs) == timing.CALLS == 2000
+
+
+def test_the_copy_beside_many_small_sets_is_made_once(monkeypatch):
+    """Its tensors are as large as the largest case's, however small the others are."""
+    made = []
+    monkeypatch.setattr(
+        timing, "copy_of", lambda where: timing.Rival("copy", "", 4, lambda _: made.append)
+    )
+    where = CPU._replace(cache=50_000)
+    sets = []
+    rival = timing.Rival("it", "", 4, lambda each: sets.append(each) or (lambda: None))
+    found = list(timing.compare(where, MATRIX, [rival], seconds=0.0))
+    assert [each.what for each, _ in found] == ["it", "copy"]
+    assert len(sets) > 20
+
+
+def test_others_programs_are_not_captured():
+    """What is not known to be capturable would leave torch in the middle of a capture."""
+    found = {r.what: r.captured for r in bench_lomo_update.rivals(MATRIX, CPU)}
+    for what in ("optimi", "pytorch_optimizer", "lomo-optim"):
+        assert not found[what]
+    for what in ("native", "p.add_", "_fused_sgd_", "eager, fewest passes"):
+        assert found[what]
+    assert not any(r.captured for r in bench_adalomo.rivals(MATRIX, CPU) if r.what != "native")
 
 
 def test_shapes():
@@ -314,14 +320,50 @@ def job(rank, name, numel=1, rows=()):
 def test_jobs_run_by_rank_within_the_budget(tmp_path):
     ran = []
     listed = [job(2, "second"), job(0, "first"), job(1, "too large", numel=5000)]
-    left = suite.run([lambda _: listed], CPU, 1.0, tmp_path / "rows.csv", say=ran.append)
+    jobs = suite.chosen([lambda _: listed], CPU)
+    left = suite.run(jobs, CPU, 1.0, tmp_path / "rows.csv", say=ran.append)
     assert [line.rpartition("] ")[2] for line in ran] == ["first", "second"]
     assert left == []
-    late = suite.run([lambda _: listed], CPU, 0.0, tmp_path / "rows.csv")
+    late = suite.run(jobs, CPU, 0.0, tmp_path / "rows.csv")
     assert late == ["no time for first", "no time for second"]
-    ran.clear()
-    suite.run([lambda _: listed], CPU, 1.0, tmp_path / "rows.csv", "sec", say=ran.append)
-    assert len(ran) == 1
+    assert [job.name for job in suite.chosen([lambda _: listed], CPU, ["sec", "third"])] == [
+        "second"
+    ]
+
+
+def test_a_job_has_a_process_and_needs_the_time_for_it(tmp_path):
+    began = []
+
+    def apart(job, seconds, limit):
+        began.append((job.name, limit))
+        return {"fails": "exit 1"}.get(job.name)
+
+    listed = [job(0, "fails"), job(0, "long")._replace(least=1000.0), job(0, "well")]
+    left = suite.run(listed, CPU, 10.0, tmp_path / "rows.csv", apart, say=lambda line: None)
+    assert began == [("fails", suite.MOST), ("well", suite.MOST)]
+    assert left == ["failed: fails: exit 1", "no time for long"]
+    began.clear()
+    suite.run(listed[2:], CPU, 0.5, tmp_path / "rows.csv", apart, say=lambda line: None)
+    assert 25 < began[0][1] < 30  # what is left
+
+
+def test_a_process_that_dies_or_hangs_is_a_failure(tmp_path, capfd):
+    apart = suite.process(CPU, tmp_path)
+    assert apart(job(0, "no such job"), 0.1, 100) == "exit 1"
+    assert capfd.readouterr().err == "no job 'no such job'\n"
+    assert apart(job(0, "hangs"), 0.1, 0.2) == "ended after 0 s; the rows before are kept"
+
+
+def test_rows_are_saved_as_they_are_made(tmp_path):
+    path, seen = tmp_path / "rows.csv", []
+
+    def makes(seconds):
+        for case in "abc":
+            seen.append(len(record.load(path)))
+            yield {"bench": "b", "case": case, "p50_us": 1.0}
+
+    assert suite.run_one(suite.Job(0, "job", makes), 1.0, path) is None
+    assert seen == [0, 1, 2]
 
 
 def test_a_job_that_fails_does_not_stop_the_others(tmp_path):
@@ -331,7 +373,7 @@ def test_a_job_that_fails_does_not_stop_the_others(tmp_path):
 
     after = job(1, "after", rows=[{"bench": "b", "case": "after", "p50_us": 2.0}])
     listed, path = [suite.Job(0, "bad", fails), after], tmp_path / "rows.csv"
-    left = suite.run([lambda _: listed], CPU, 1.0, path, say=lambda line: None)
+    left = suite.run(listed, CPU, 1.0, path, say=lambda line: None)
     assert left == ["failed: bad: ValueError: no such thing"]
     assert [row["case"] for row in record.load(path)] == ["before", "after"]
 
@@ -353,8 +395,21 @@ def test_new_rows_replace_those_of_the_same_measurement(tmp_path):
         record.merge(path, rows if us == 1.0 else rows[:1], suite.KEY, suite.FIELDS)
     found = record.load(path)
     assert [(row["what"], row["p50_us"]) for row in found] == [("x", "2.0"), ("y", "1.0")]
-    for name in ("date", "device", "versions", "commit", "clocks"):
+    for name in ("date", "device", "versions", "commit"):
         assert found[0][name], name
+    kept = [{**found[0], "p50_us": "3.0", "commit": "of another tree"}]
+    record.merge(path, kept, suite.KEY, suite.FIELDS)
+    assert record.load(path) == [*kept, found[1]]
+
+
+def test_clocks_are_read_while_the_gpu_works(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(record, "ASK", ["sh", "-c", "sleep 0.1; echo 1980 MHz, 2619 MHz"])
+    done = []
+    assert record.clocks_while(lambda: done.append(1)) == "1980 MHz, 2619 MHz"
+    assert len(done) > 1
+    monkeypatch.setattr(record, "ASK", ["no-such-program"])
+    assert record.clocks_while(done.clear) == "unknown"
 
 
 def test_rows_of_a_tree_without_git(monkeypatch):
@@ -387,7 +442,7 @@ def test_targets_are_met_missed_or_not_measured():
     found = {
         text: (value, verdict)
         for _, text, _, value, verdict in targets.check(
-            {targets.H200: rows, targets.CPU: []}.__getitem__
+            {"nvidia_h100": rows, targets.CPU: []}.__getitem__, ["nvidia_h100"]
         )
     }
     assert found["update of 4096x4096 alone, of the copy rate"] == ("0.81", "met")
@@ -397,6 +452,34 @@ def test_targets_are_met_missed_or_not_measured():
     assert found["18,000 tensors, times the time of their bytes"] == ("2.00", "missed")
     assert found["host waits in a step"] == ("0.00", "met")
     assert found["lomo-optim's update, bf16, times ours"] == ("", "not measured")
+
+
+def test_targets_of_a_step_and_of_products():
+    def step(what, options, tokens, us):
+        return row("train_step", f"LLaMA-7B, {tokens} tokens", what, options, us)
+
+    immediate = ("Lomo", "immediate, unclipped")
+    rows = [
+        step("floor", "", 512, 100.0), step("floor", "", 2048, 400.0),
+        step("Lomo", "one_backward", 512, 108.0), step("Lomo", "one_backward", 2048, 480.0),
+        step(*immediate, 512, 101.0), step(*immediate, 2048, 416.0),
+        row("product_sumsq", "LLaMA-7B, 32 layers, 512 tokens", "triton", "plain", 4.32),
+        *(row("product_update", case, "auto", "plain", us) for case, us in (("a", 10), ("b", 12))),
+        *(row("product_update", case, "dW alone", "plain", 9) for case in "ab"),
+    ]  # fmt: skip
+    checked = targets.check(lambda device: rows, ["nvidia_b200"])
+    found = {text: rest for device, text, *rest in checked if device == "nvidia_b200"}
+    beside = "times forward and backward alone"
+    assert found[f"clipped step of 7B at 512 tokens, {beside}"] == ["<= 1.1", "1.08", "met"]
+    assert found[f"clipped step of 7B at 2048 tokens, {beside}"] == ["<= 1.15", "1.20", "missed"]
+    assert found[f"immediate, unclipped step of 7B, {beside}"] == ["<= 1.03", "1.04", "missed"]
+    text = "dW's product alone, times product_update_ at each shape"
+    assert found[text] == [">= 0.75", "0.75", "met"]
+    text = "product_sumsq_ of 7B's weights at 512 tokens, of the clipped step"
+    assert found[text] == ["<= 0.05", "0.04", "met"]
+    # a card has a bound of its own where its instructions and not its memory set it
+    assert found["update of 4096x4096 alone, of the copy rate"][0] == ">= 0.6"
+    assert [d for d, *_ in targets.check(lambda device: [], [])].count("gpu") == len(found)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -440,44 +523,13 @@ def test_no_rows_no_plots(tmp_path):
     assert list(plots.draw([], tmp_path)) in ([], ["no plots: matplotlib is not installed"])
 
 
-# -- the suite of a machine with a GPU -------------------------------------------------------------
-
-
-def test_the_suite_goes_on_after_a_failure_and_kills_what_hangs(tmp_path, capsys):
-    listed = [
-        gpu_suite.Step("good", "python -c 'print(1)'", 60),
-        gpu_suite.Step("bad", "python -c 'raise SystemExit(3)'", 60),
-        gpu_suite.Step("hangs", "python -c 'import time; time.sleep(600)'", 1),
-        gpu_suite.Step(
-            "sees", "python -c 'import os; print(os.environ[\"X\"])'", 60, {"X": "seen"}
-        ),
-    ]
-    assert not gpu_suite.run_all(listed, tmp_path, minutes=5)
-    lines = (tmp_path / "summary.txt").read_text().splitlines()
-    verdicts = [line[10:22].strip() for line in lines]
-    assert verdicts == ["well", "exit 3", "out of time", "well"]
-    assert (tmp_path / "sees.log").read_text() == "seen\n"
-    assert gpu_suite.run_all(listed[:1], tmp_path, minutes=5)
-
-
-def test_what_the_suite_would_do_with_a_gpu(tmp_path):
-    listed = {step.name: step for step in gpu_suite.steps("90", tmp_path)}
-    assert listed["build"].variables == {"LOMO_CUDA": "ON", "LOMO_CUDA_ARCHS": "90-real"}
-    assert list(listed)[-1] == "bench"
-    assert "LOMO_CUDA=ON" in str(listed["build"])
-    without = {step.name: step for step in gpu_suite.steps(None, tmp_path)}
-    assert without["build"].variables == {}
-    assert {"build", "tests", "touch", "bench"} == set(without)
-
-
-def test_dry_run_does_nothing(tmp_path, monkeypatch, capsys):
-    folder = tmp_path / "suite"
-    monkeypatch.setattr(sys, "argv", ["gpu_suite", "--dry-run", "--out", str(folder)])
-    assert gpu_suite.main() == 0
-    assert not folder.exists()
-    assert "pytest" in capsys.readouterr().out
-
-
-def test_touch_runs_every_kernel(capsys):
-    gpu_suite.touch()
-    assert "touched every kernel" in capsys.readouterr().out
+def test_rows_of_another_folder_are_taken(tmp_path, monkeypatch, capsys):
+    here, there = tmp_path / "here", tmp_path / "there"
+    ours = row("grad_norm", "large", "native", "plain", 40, commit="abc", device="d")
+    for folder, rows in ((here, [ours]), (there, [{**ours, "p50_us": "39"}])):
+        record.merge(folder / "cpu.csv", rows, suite.KEY, suite.FIELDS)
+    files = ["--take", str(there / "cpu.csv"), "--out", str(here)]
+    monkeypatch.setattr(sys, "argv", ["bench", *files])
+    assert bench.main() == 0
+    (found,) = record.load(here / "cpu.csv")
+    assert (found["p50_us"], found["commit"]) == ("39", "abc")

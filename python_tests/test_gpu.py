@@ -1,5 +1,6 @@
 """What only a GPU can show of the optimizer: no wait of the host, a captured graph, two devices."""
 
+import contextlib
 import copy
 import itertools
 import warnings
@@ -8,6 +9,7 @@ import models
 import pytest
 import torch
 
+from bench.device import capture, no_waits
 from lomo_kernels import Lomo, LossScale, ops
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -46,12 +48,9 @@ def test_a_step_never_makes_the_host_wait(backend, options):
     optimizer = Lomo(model, lr=0.1, backend=backend, **options)
     optimizer.backward(loss_of(model, ids))  # compiles and allocates
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waits():
         for _ in range(2):
             optimizer.backward(loss_of(model, ids))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert not optimizer.last_step_skipped
 
 
@@ -108,12 +107,8 @@ def test_the_warning_at_the_floor_does_not_wait():
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         for step in range(30):
-            if step > 0:
-                torch.cuda.set_sync_debug_mode("error")
-            try:
+            with no_waits() if step > 0 else contextlib.nullcontext():
                 optimizer.backward(loss_of(model, ids) * float("nan"))
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
             torch.cuda.synchronize()
     messages = [str(w.message) for w in seen]
     assert sum("10 steps in a row were skipped" in m for m in messages) == 1
@@ -141,7 +136,7 @@ def test_an_update_can_be_captured_in_a_graph(backend):
     want = p.clone()
     ops.lomo_update_(p, g, lr=0.0, backend=backend)  # compiles
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capture(graph):
         ops.lomo_update_(p, g, lr=0.1, backend=backend)
     for _ in range(3):
         graph.replay()
@@ -163,7 +158,7 @@ def test_a_whole_step_can_be_captured_in_a_graph(strategy):
             optimizer.backward(loss_of(model, ids))
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capture(graph):
         optimizer.backward(loss_of(model, ids))
     for _ in range(3):
         eager.backward(loss_of(other, ids))
@@ -173,16 +168,34 @@ def test_a_whole_step_can_be_captured_in_a_graph(strategy):
     assert models.same(model, models.snapshot(other))
 
 
+def test_a_capture_that_fails_leaves_torch_as_it_was():
+    stream, ones = torch.cuda.current_stream(), torch.ones(1000, device="cuda")
+    for _ in range(2):
+        with pytest.raises(RuntimeError), capture(torch.cuda.CUDAGraph()):
+            ones.sum().item()
+        assert torch.cuda.current_stream() == stream
+        assert torch.randn(1000, device="cuda").isfinite().all()
+    graph = torch.cuda.CUDAGraph()
+    with capture(graph):
+        ones.add_(1)
+    graph.replay()
+    assert ones.sum() == 2000
+
+
+def test_what_makes_the_host_wait_is_an_error():
+    ones = torch.ones(9, device="cuda")
+    with pytest.raises(RuntimeError, match="synchroniz"), no_waits():
+        ones.sum().item()
+    assert torch.cuda.get_sync_debug_mode() == 0
+
+
 @BACKENDS
 def test_norms_of_several_dtypes_do_not_make_the_host_wait(backend):
     grads = [torch.ones(9, device="cuda", dtype=d) for d in (torch.bfloat16, torch.float32)] * 2
     sumsq = torch.zeros(4, device="cuda")
     ops.grad_sumsq_(sumsq, grads, backend=backend)  # compiles and allocates
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waits():
         ops.grad_sumsq_(sumsq, grads, backend=backend)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert sumsq.tolist() == [9.0] * 4
 
 

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "memory": {"integrations", "optim", "ops", "ops.native"},
     "integrations": {"optim"},
     "finetune": {"integrations", "memory", "optim", "ops"},
+    "__main__": {"cli"},
     "cli": {"finetune", "integrations", "memory", "optim", "ops", "lomo_kernels"},
     "lomo_kernels": {"ops", "optim"},
 }
@@ -33,6 +34,9 @@ DOORS = {
     "deepspeed": {"integrations"},
     "triton": {"ops.triton"},
     "rich": {"finetune", "cli"},
+    "datasets": {"finetune"},
+    "pyarrow": {"finetune"},
+    "yaml": {"finetune"},
     "matplotlib": {"memory"},
 }
 

@@ -127,7 +127,10 @@ def test_peak_is_that_of_the_cpu_allocator(name):
     model = models.build(width=256)
     optimizer = OPTIMIZERS[name](model)
     found = measured(model, optimizer)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    # acc_events: without it torch 2.11 warns that the events of one cycle are all it has
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:
         step(model, optimizer)
     alive = peak = 0
     for event in profiler.profiler.kineto_results.events():

@@ -97,6 +97,18 @@ def test_terms_that_cancel_are_noticed():
         assert trusted is not common
 
 
+def test_no_event_is_asked_while_a_graph_is_captured(monkeypatch):
+    class Event:
+        def query(self):
+            raise AssertionError("it would end the capture")
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    cancellation = gram.Cancellation()
+    cancellation._arriving.append((Event(), (0,), torch.ones(1)))
+    cancellation.close()
+    assert cancellation.trusts(0)
+
+
 # -- models ----------------------------------------------------------------------------------------
 
 

@@ -1,174 +1,177 @@
-"""Texts and questions into batches of tokens."""
+"""The data of a run: what is trained on, what a checkpoint is chosen by, what is held out."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from . import formats, sources, superglue, tokens
+from .formats import Conversation, Text
+from .sources import DataError
+
 MAX_CANDIDATES = 32  # a task with more distinct completions than this is not a choice among them
-IGNORE = -100  # torch.nn.functional.cross_entropy's ignore_index
-
-
-class DataError(Exception):
-    """The data cannot be used; the message says why in one sentence."""
 
 
 @dataclass(frozen=True)
-class Example:
-    """Token ids; the loss is that of the completion alone."""
+class Parts:
+    """Texts, Questions or Conversations, before they are tokens."""
 
-    prompt: tuple
-    completion: tuple
+    name: str
+    train: list
+    validation: list
+    held_out: list
+    lines: list  # what the user is told
+    measures: tuple = ()  # beside accuracy
 
 
 @dataclass(frozen=True)
 class Data:
-    """Examples to train on and held-out ones; `candidates` where completions are a choice."""
+    """Examples; `measures` are "perplexity", or "accuracy" where they have choices, and more."""
 
     train: list
+    validation: list
     held_out: list
-    candidates: list | None
-    description: str
+    measures: tuple
+    lines: list
 
 
-def load(train, held_out, tokenizer, *, length, seed):
-    """Reads the data of a run.
+def read(settings):
+    """The Parts of a run: no tokenizer is needed to find what is wrong with its files.
 
-    Args:
-        train: a .jsonl file (objects with `prompt` and `completion`, or with `text`), any other
-            file as plain text, or None: the topics of Python's language reference, which every
-            CPython carries.
-        held_out: another file of the same kind; None: a tenth of train is held out (whole topics,
-            texts or questions; of a plain text its end).
-        tokenizer: transformers'.
-        length: tokens of an example at most; texts are cut into pieces of this length.
-        seed: of the choice of what is held out.
+    Without `held_out` a tenth of train is held out (whole topics, texts, questions or paragraphs;
+    of a plain text its end). Where checkpoints are chosen by a score, a tenth of the rest, up to
+    `eval_size`, is put aside for that: what is held out is not looked at before the end.
+
+    Raises:
+        DataError: which file, and what is wrong with it.
     """
-    if train is None:
-        texts, name = _language_reference(), "Python's language reference"
+    lines, is_text, held_out, measures = [], False, None, ()
+    if settings.task is not None:
+        name, measures = settings.task, superglue.TASKS[settings.task].measures
+        train, held_out = superglue.read(name, settings.data, settings.prompt_file)
+    elif settings.train is None:
+        name, train = "Python's language reference", [Text(text) for text in _topics()]
     else:
-        texts, name = _read(Path(train)), Path(train).name
-    if held_out is not None:
-        other = _read(Path(held_out))
-        if _is_questions(other) != _is_questions(texts):
-            raise DataError(f"{held_out} and {train} must be of one kind, questions or texts")
-    elif len(texts) == 1 and not _is_questions(texts):
-        text = texts[0]
-        cut = text.rfind("\n", 0, len(text) * 9 // 10) + 1 or len(text) * 9 // 10
-        texts, other = [text[:cut]], [text[cut:]]
-    else:
-        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
-        count = max(1, len(texts) // 10)
-        other = [texts[i] for i in order[:count]]
-        texts = [texts[i] for i in order[count:]]
-    if not texts:
+        source = sources.read(settings.train)
+        name, is_text = Path(settings.train).name, source.is_text
+        train, unused = formats.converted(source)
+        if unused:
+            lines.append(f"{name}: the columns {', '.join(map(str, unused))} are not used")
+    if settings.held_out is not None:
+        held_out, _ = formats.converted(sources.read(settings.held_out, "validation"))
+        if type(held_out[0]) is not type(train[0]):
+            raise DataError(
+                f"{settings.held_out} and {settings.train} must be of one kind: texts, questions "
+                "or conversations"
+            )
+    divide = _cut if is_text else _split
+    if held_out is None:
+        train, held_out = divide(train, max(1, len(train) // 10), settings.seed)
+    validation = []
+    if settings.eval_every is not None and train:
+        count = min(max(1, len(train) // 10), settings.eval_size)
+        train, validation = divide(train, count, settings.seed + 1)
+    if not train:
         raise DataError(f"{name} has too few examples: one is held out, none is left to train on")
+    if settings.train_size is not None:
+        if is_text:
+            raise DataError(f"{name} is one text, of which train_size can take no examples")
+        train = superglue.sampled(train, settings.train_size, settings.seed)
+    if settings.task is not None:
+        held_out = superglue.sampled(held_out, settings.eval_size, settings.seed)
+    return Parts(name, train, validation, held_out, lines, measures)
 
-    if not _is_questions(texts):
-        examples = _pieces(texts, tokenizer, length)
-        held = _pieces(other, tokenizer, length)
-        candidates = None
-        kind = f"{len(examples)} pieces of {length} tokens, perplexity of {len(held)} held out"
+
+def load(settings, tokenizer):
+    """The Data of a run.
+
+    Raises:
+        DataError: what is wrong with its files, or what `truncate="error"` refuses.
+    """
+    return tokenised(read(settings), settings, tokenizer)
+
+
+def tokenised(parts, settings, tokenizer):
+    """The Data of `parts`."""
+    items = {"to train on": parts.train, "for validation": parts.validation}
+    items["held out"] = parts.held_out
+    found, lines = {}, list(parts.lines)
+    measures = ("perplexity",)
+    if isinstance(parts.train[0], Text):
+        kind = f"pieces of {settings.length} tokens"
+        for part, texts in items.items():
+            found[part], left = tokens.pieces(texts, tokenizer, settings.length)
+            if left:
+                lines.append(f"the last {left} tokens {part} fill no piece and are left out")
     else:
-        completions = sorted({completion for _, completion in texts + other})
-        candidates = None
-        if 2 <= len(completions) <= MAX_CANDIDATES and len(texts) > 4 * len(completions):
-            candidates = [_tokens(tokenizer, completion) for completion in completions]
-        end = () if candidates else (tokenizer.eos_token_id,)
-        examples = [_question(tokenizer, *pair, end, length) for pair in texts]
-        held = [_question(tokenizer, *pair, end, length) for pair in other]
-        score = f"accuracy among {len(completions)} answers" if candidates else "perplexity"
-        kind = f"{len(examples)} questions, {score} of {len(held)} held out"
-    if not examples or not held:
-        raise DataError(f"{name} is too short: it fills no piece of {length} tokens to hold out")
-    return Data(examples, held, candidates, f"{name}: {kind}")
+        kind, choices = "conversations", None
+        if not isinstance(parts.train[0], Conversation):
+            kind, choices = "questions", _choices(parts)
+        if choices is not None:
+            measures = ("accuracy", *parts.measures)
+        items["held out"] = parts.held_out[: settings.eval_size]
+        for part, some in items.items():
+            fitting = tokens.Fitting(settings.length, settings.truncate, tokenizer.bos_token_id)
+            if kind == "questions":
+                scored = None if part == "to train on" else choices
+                found[part] = tokens.questions(some, tokenizer, fitting, scored)
+            else:
+                found[part] = tokens.conversations(some, tokenizer, fitting)
+            if (line := fitting.line(part)) is not None:
+                lines.append(line)
+    for part, examples in found.items():
+        if not examples and items[part]:
+            reason = (
+                f"is too short for {kind}" if kind.startswith("pieces") else "has none that fit"
+            )
+            raise DataError(f"{parts.name} {reason}: no example {part} is left; {'; '.join(lines)}")
+    train, validation, held_out = found.values()
+    if kind.startswith("pieces"):
+        validation, held_out = validation[: settings.eval_size], held_out[: settings.eval_size]
+    aside = f", {len(validation)} for validation" if validation else ""
+    lines.insert(0, f"{parts.name}: {len(train)} {kind} to train on{aside}, {measures[0]} of "
+                    f"{len(held_out)} held out")  # fmt: skip
+    return Data(train, validation, held_out, measures, lines)
 
 
-def batch_of(examples, pad, device):
-    """input_ids, attention_mask and labels, padded on the right."""
-    width = max(len(e.prompt) + len(e.completion) for e in examples)
-    ids = torch.full((len(examples), width), pad)
-    labels = torch.full((len(examples), width), IGNORE)
-    mask = torch.zeros((len(examples), width), dtype=torch.long)
-    for row, e in enumerate(examples):
-        end = len(e.prompt) + len(e.completion)
-        ids[row, :end] = torch.tensor(e.prompt + e.completion)
-        labels[row, len(e.prompt) : end] = ids[row, len(e.prompt) : end]
-        mask[row, :end] = 1
-    return {
-        "input_ids": ids.to(device),
-        "attention_mask": mask.to(device),
-        "labels": labels.to(device),
-    }
+def _choices(parts):
+    """None where completions are free; () where each question has its own choices; else the few
+    different completions that there are."""
+    every = [*parts.train, *parts.validation, *parts.held_out]
+    own = sum(question.choices is not None for question in every)
+    if own:
+        if own < len(every):
+            raise DataError(f"{parts.name}: {own} of {len(every)} questions have choices")
+        return ()
+    completions = sorted({question.completion for question in every})
+    few = 2 <= len(completions) <= MAX_CANDIDATES and len(parts.train) > 4 * len(completions)
+    return tuple(completions) if few else None
 
 
-def batches(count, size, seed, epoch):
-    """The index lists of an epoch, the same for the same seed; the last may be short."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(count, generator=generator).tolist()
-    return [order[i : i + size] for i in range(0, count, size)]
+def _cut(texts, count, seed):
+    """A plain text: (all but its last tenth, the last tenth), cut at a line."""
+    (text,) = (each.text for each in texts)
+    place = text.rfind("\n", 0, len(text) * 9 // 10) + 1 or len(text) * 9 // 10
+    return [Text(text[:place])], [Text(text[place:])]
 
 
-def _language_reference():
+def _split(items, count, seed):
+    """(the rest, about `count` items by the seed); items of one paragraph stay together."""
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
+    taken = {}
+    for i in order:
+        if len(taken) >= count:
+            break
+        paragraph = items[i].paragraph
+        together = [i] if paragraph is None else [
+            k for k, item in enumerate(items) if item.paragraph == paragraph
+        ]  # fmt: skip
+        taken.update(dict.fromkeys(together))
+    return [items[i] for i in order if i not in taken], [items[i] for i in taken]
+
+
+def _topics():
+    """Of the language reference that every CPython carries."""
     from pydoc_data.topics import topics
 
     return [topics[name] for name in sorted(topics)]
-
-
-def _read(path):
-    """A list of texts, or of (prompt, completion)."""
-    if not path.is_file():
-        raise DataError(f"there is no file {path}")
-    if path.suffix not in (".jsonl", ".json"):
-        text = path.read_text(encoding="utf-8", errors="replace")
-        if not text.strip():
-            raise DataError(f"{path} is empty")
-        return [text]
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error.msg})") from error
-        if isinstance(row, dict) and isinstance(row.get("text"), str):
-            rows.append(row["text"])
-        elif isinstance(row, dict) and all(
-            isinstance(row.get(key), str) and row[key] for key in ("prompt", "completion")
-        ):
-            rows.append((row["prompt"], row["completion"]))
-        else:
-            raise DataError(
-                f"{path}, line {number}: wanted an object with prompt and completion, or with text"
-            )
-        if isinstance(rows[-1], str) != isinstance(rows[0], str):
-            raise DataError(f"{path}, line {number}: questions and texts in one file")
-    if not rows:
-        raise DataError(f"{path} is empty")
-    return rows
-
-
-def _is_questions(rows):
-    return isinstance(rows[0], tuple)
-
-
-def _tokens(tokenizer, text):
-    return tuple(tokenizer(text, add_special_tokens=False).input_ids)
-
-
-def _pieces(texts, tokenizer, length):
-    """Texts, each closed by the end token, one after another, cut into pieces of one length."""
-    stream = []
-    for text in texts:
-        stream.extend(_tokens(tokenizer, text))
-        stream.append(tokenizer.eos_token_id)
-    return [Example((), tuple(stream[i : i + length])) for i in range(0, len(stream), length)
-            if i + length <= len(stream)]  # fmt: skip
-
-
-def _question(tokenizer, prompt, completion, end, length):
-    completion = (*_tokens(tokenizer, completion), *end)[: length - 1]
-    prompt = tuple(tokenizer(prompt).input_ids)
-    return Example(prompt[-(length - len(completion)) :], completion)  # keeps the prompt's end

@@ -1,6 +1,7 @@
 """What a run shows: lines, a progress bar on a terminal, and one table."""
 
 import contextlib
+import os
 import resource
 import sys
 
@@ -22,10 +23,13 @@ def peak_memory():
 
 
 class Display:
+    """Of several processes that torchrun has started, the first alone shows anything."""
+
     def __init__(self, file=None):
         from rich.console import Console
 
-        self.console = Console(file=file, highlight=False, soft_wrap=True)
+        quiet = os.environ.get("RANK", "0") != "0"
+        self.console = Console(file=file, highlight=False, soft_wrap=True, quiet=quiet)
         if not self.console.is_terminal:
             self.console.width = 100
 

@@ -1,97 +1,170 @@
 """Held-out scores: perplexity, or accuracy by the likeliest answer."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from .data import batch_of
+from .examples import batch_of
+
+RULES = ("mean", "sum")
 
 
 @dataclass(frozen=True)
 class Score:
+    """`more` are other measures of the same answers."""
+
     name: str  # "perplexity" (lower is better) or "accuracy" (higher is better)
     value: float
     count: int  # tokens or questions
+    more: dict = field(default_factory=dict)
 
     def __str__(self):
-        return f"{self.name} {self.value:.3f}"
+        measures = {self.name: self.value, **self.more}
+        return ", ".join(f"{name} {value:.3f}" for name, value in measures.items())
+
+    def is_better_than(self, other):
+        """A value that is no number is better than none."""
+        if math.isnan(self.value) or math.isnan(other.value):
+            return math.isnan(other.value) and not math.isnan(self.value)
+        return self.value < other.value if self.name == "perplexity" else self.value > other.value
 
 
 @torch.no_grad()
-def score(model, data, examples, *, batch_size, pad, device, progress):
-    """The score of `examples` under the model, which is in evaluation mode meanwhile."""
+def score(model, examples, *, measures, rule, batch_size, pad, team, progress):
+    """The score of `examples` under the model, which is in evaluation mode meanwhile.
+    Each rank takes a part of each batch, and all get the same score.
+
+    Args:
+        measures: "perplexity" or "accuracy", then names of `MEASURES`.
+        rule: by which an answer is chosen: the highest "mean" of its tokens' log-likelihoods, as
+            the LOMO paper says, or the highest "sum", as the authors' code ranks them.
+        team: the Ranks of the run.
+        progress: called with the starts of the batches, gives them back one by one.
+    """
     training = model.training
     model.eval()
     try:
-        if data.candidates is None:
-            return _perplexity(model, examples, batch_size, pad, device, progress)
-        return _accuracy(model, examples, data.candidates, batch_size, pad, device, progress)
+        if measures[0] == "perplexity":
+            return _perplexity(model, examples, batch_size, pad, team, progress)
+        chosen = _chosen(model, examples, rule, batch_size, pad, team, progress)
     finally:
         model.train(training)
+    right = sum(c == e.right for c, e in zip(chosen, examples))
+    more = {name: MEASURES[name](examples, chosen) for name in measures[1:]}
+    return Score("accuracy", right / len(examples), len(examples), more)
 
 
-def _perplexity(model, examples, batch_size, pad, device, progress):
+def _perplexity(model, examples, batch_size, pad, team, progress):
     total, count = 0.0, 0
     for start in progress(range(0, len(examples), batch_size)):
-        batch = batch_of(examples[start : start + batch_size], pad, device)
-        tokens = int((batch["labels"][:, 1:] >= 0).sum())
-        total += model(**batch).loss.item() * tokens
+        mine, tokens, _ = team.of_batch(examples[start : start + batch_size], pad)
+        loss = model(**batch_of(mine, pad, team.device)).loss.item()
+        total += loss * tokens if tokens else 0.0
         count += tokens
+    total, count = team.sum(total, count)
     mean = total / count
-    return Score("perplexity", math.exp(mean) if mean < 700 else math.inf, count)
+    return Score("perplexity", math.exp(mean) if mean < 700 else math.inf, int(count))
 
 
-def _accuracy(model, examples, candidates, batch_size, pad, device, progress):
-    """The LOMO paper's inference rule: every answer is put after the question, and the one with the
-    highest mean log-likelihood is taken. The question runs once; only what is left of answers
-    longer than a token runs for each of them, on its keys and values."""
-    right = 0
+def _chosen(model, examples, rule, batch_size, pad, team, progress):
+    """The index of the likeliest answer to each example."""
+    by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))
+    chosen = [0] * len(examples)
     for start in progress(range(0, len(examples), batch_size)):
-        some = examples[start : start + batch_size]
-        likelihood = _mean_log_likelihood(model, some, candidates, pad, device)
-        chosen = likelihood.argmax(1).tolist()
-        right += sum(candidates[c] == e.completion for c, e in zip(chosen, some))
-    return Score("accuracy", right / len(examples), len(examples))
+        batch = by_length[start : start + batch_size]
+        longest = max(len(c) for i in batch for c in examples[i].choices)
+        places = team.of(batch)
+        some = [examples[i] for i in places or batch[:1]]  # all ranks run every forward
+        sums = log_likelihoods(model, some, pad, team.device, longest)
+        for place, example, each in zip(places, some, sums):
+            if rule == "mean":
+                each = each / torch.tensor([len(c) for c in example.choices], device=each.device)
+            chosen[place] = int(each.argmax())
+    return [int(each) for each in team.sum(*chosen)]
 
 
-def _mean_log_likelihood(model, examples, candidates, pad, device):
-    """[questions, candidates]."""
+def log_likelihoods(model, examples, pad, device, longest=1):
+    """For each example a tensor: the log-likelihood of each of its choices after its prompt.
+
+    The prompt runs once; what is left of answers longer than a token runs for each of them, on its
+    keys and values.
+
+    Args:
+        longest: tokens of an answer that may be another rank's. Beyond one there is a second
+            forward, if only for its sake.
+    """
     width = max(len(e.prompt) for e in examples)
     ids = torch.full((len(examples), width), pad)
     mask = torch.zeros((len(examples), width), dtype=torch.long)
-    for row, e in enumerate(examples):  # padded on the left: the questions end together
+    for row, e in enumerate(examples):  # padded on the left: the prompts end together
         ids[row, width - len(e.prompt) :] = torch.tensor(e.prompt)
         mask[row, width - len(e.prompt) :] = 1
     ids, mask = ids.to(device), mask.to(device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    longest = max(len(c) for c in candidates)
+    answers = [(row, c) for row, e in enumerate(examples) for c in e.choices]
+    rows = torch.tensor([row for row, _ in answers], device=device)
+    longest = max(longest, *(len(c) for _, c in answers))
     out = model(
         input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1,
         use_cache=longest > 1,
     )  # fmt: skip
     first = out.logits[:, -1].float().log_softmax(-1)
-    lengths = torch.tensor([len(c) for c in candidates], device=device)
-    total = first[:, [c[0] for c in candidates]]
+    total = first[rows, torch.tensor([c[0] for _, c in answers], device=device)]
     if longest > 1:
-        rest = torch.full((len(candidates), longest), pad)
-        for row, c in enumerate(candidates):
-            rest[row, : len(c)] = torch.tensor(c)
-        rest = rest.to(device).repeat(len(examples), 1)
-        out.past_key_values.batch_repeat_interleave(len(candidates))
-        mask = mask.repeat_interleave(len(candidates), 0)
-        after = torch.arange(1, longest, device=device)
-        logits = (
-            model(
-                input_ids=rest[:, :-1],
-                attention_mask=torch.cat([mask, torch.ones_like(rest[:, :-1])], 1),
-                position_ids=positions[:, -1:].repeat_interleave(len(candidates), 0) + after,
-                past_key_values=out.past_key_values,
-                use_cache=True,
-            )
-            .logits.float()
-            .log_softmax(-1)
-        )
-        each = logits.gather(2, rest[:, 1:, None])[:, :, 0].view(len(examples), len(candidates), -1)
-        total = total + (each * (after < lengths[:, None])).sum(2)
-    return total / lengths
+        long = [i for i, (_, c) in enumerate(answers) if len(c) > 1] or [0]
+        total[long] += _rest(model, [answers[i][1] for i in long], rows[long], out, mask, positions)
+    return total.split([len(e.choices) for e in examples])
+
+
+def _rest(model, answers, rows, out, mask, positions):
+    """Log-likelihood of all but the first token of each answer after the prompt of its row."""
+    longest, device = max(2, *map(len, answers)), rows.device
+    ids = torch.zeros((len(answers), longest), dtype=torch.long)
+    for row, answer in enumerate(answers):
+        ids[row, : len(answer)] = torch.tensor(answer)
+    ids = ids.to(device)
+    after = torch.arange(1, longest, device=device)
+    out.past_key_values.batch_select_indices(rows)
+    logits = model(
+        input_ids=ids[:, :-1],
+        attention_mask=torch.cat([mask[rows], torch.ones_like(ids[:, :-1])], 1),
+        position_ids=positions[rows, -1:] + after,
+        past_key_values=out.past_key_values,
+        use_cache=True,
+    ).logits
+    each = logits.float().log_softmax(-1).gather(2, ids[:, 1:, None])[:, :, 0]
+    lengths = torch.tensor([len(answer) for answer in answers], device=device)
+    return (each * (after < lengths[:, None])).sum(1)
+
+
+# -- other measures, as SuperGLUE reports them -----------------------------------------------------
+
+
+def macro_f1(examples, chosen):
+    """Mean of the F1 of every answer that is right or was chosen somewhere."""
+    right = [e.right for e in examples]
+    scores = [_f1(right, chosen, label) for label in {*right, *chosen}]
+    return sum(scores) / len(scores)
+
+
+def f1_of_answers(examples, chosen):
+    """F1a: of the second choice ("Yes") over all answers to all questions."""
+    return _f1([e.right for e in examples], chosen, 1)
+
+
+def exact_match(examples, chosen):
+    """The part of the questions of which every answer was judged right."""
+    whole = {}
+    for e, c in zip(examples, chosen):
+        whole[e.question] = whole.get(e.question, True) and c == e.right
+    return sum(whole.values()) / len(whole)
+
+
+def _f1(right, chosen, label):
+    both = sum(r == c == label for r, c in zip(right, chosen))
+    either = right.count(label) + chosen.count(label)
+    return 2 * both / either if either else 0.0
+
+
+MEASURES = {"macro F1": macro_f1, "exact match": exact_match, "F1a": f1_of_answers}

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import hashlib
 import importlib.util
 import json
 import warnings
@@ -9,6 +10,8 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+
+from .sharding import shard
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 _DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -31,31 +34,164 @@ def load(name, dtype=torch.float32, checkpointing=False):
     Raises:
         ModelError: no such model, or transformers cannot load it.
     """
-    transformers = _transformers("fine-tuning a language model")
-    source, options = _source(name)
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ModelError(f"cannot load the model {name!r}: {_short(error)}") from error
-    finally:
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
-    if options:
+    return load_model(name, dtype, checkpointing), load_tokenizer(name)
+
+
+def load_model(name, dtype=torch.float32, checkpointing=False, **more):
+    """The model of `load`; `more` is for from_pretrained."""
+    model, options = _loaded("AutoModelForCausalLM", name, dtype=dtype, **more)
+    if options and not more:
         model = _plain(model)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     model.config.use_cache = False
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model, tokenizer
+    return model
 
 
-def save(folder, model, tokenizer=None):
-    """Writes what `transformers.AutoModelForCausalLM.from_pretrained(folder)` loads."""
-    model.save_pretrained(folder)
+def load_tokenizer(name):
+    """The tokenizer of `load`; it can pad."""
+    tokenizer, _ = _loaded("AutoTokenizer", name)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(name):
+    """The configuration of `load`'s model, without the weights."""
+    return _loaded("AutoConfig", name)[0]
+
+
+def digest(name):
+    """Of the files of `load`'s model, or the revision of one that the hub has."""
+    source, options = _source(name)
+    path = Path(source)
+    if not path.is_dir():
+        return str(getattr(load_config(name), "_commit_hash", None))
+    paths = path.iterdir() if not options else [path / options["gguf_file"]]
+    whole = hashlib.sha256()
+    for each in sorted(each for each in paths if each.is_file()):
+        with open(each, "rb") as file:
+            while block := file.read(1 << 20):
+                whole.update(block)
+    return whole.hexdigest()
+
+
+def _loaded(kind, name, **more):
+    """-> (what transformers' class `kind` loads, what the source needed besides)."""
+    transformers = _transformers("fine-tuning a language model")
+    source, options = _source(name)
+    try:
+        with _without_bars(transformers):
+            return getattr(transformers, kind).from_pretrained(source, **options, **more), options
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ModelError(f"cannot load the model {name!r}: {_short(error)}") from error
+
+
+@contextlib.contextmanager
+def _without_bars(transformers):
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def spread(model, group, mesh, *, checkpointing=False, offload=False):
+    """The model of the first rank, in parts on all of them (FSDP2).
+
+    Not from_pretrained(distributed_config=...), which reads each part where it belongs: it makes
+    two parameters of an embedding that is the head, too, and the gradient comes in two pieces.
+
+    Args:
+        model: of `load`; None on all ranks but the first.
+        group: with `first(function)`, which gives all ranks the result of the first.
+        mesh: a DeviceMesh of one dimension.
+        checkpointing: as of `load`.
+        offload: as of `shard`.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    config, generation, dtype, buffers = group.first(
+        lambda: (model.config, model.generation_config, model.dtype, dict(model.named_buffers()))
+    )
+    with torch.device("meta"):
+        parts = from_config(config, dtype, "non_reentrant" if checkpointing else None)
+    parts.generation_config = generation
+    shard(parts, mesh, offload=offload)
+    parts.to_empty(device="cpu" if offload else mesh.device_type)
+    parts.tie_weights()  # each module has got a parameter of its own
+    for name, buffer in parts.named_buffers():
+        buffer.copy_(buffers[name])
+    set_model_state_dict(
+        parts, {} if model is None else model.state_dict(),
+        options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
+    )  # fmt: skip
+    return parts
+
+
+def load_parallel(name, dtype, checkpointing, *, ranks, tensor_parallel):
+    """The model of `load` in parts, by transformers' plan of tensor parallelism, and by its plan of
+    FSDP2 where more ranks are left. Each rank reads its own.
+
+    Raises:
+        ModelError: also of embeddings that are the head, for FSDP2: see `spread`.
+    """
+    transformers = _transformers("tensor parallelism")
+    try:
+        config = transformers.distributed.DistributedConfig(
+            tp_size=tensor_parallel, fsdp_size=ranks // tensor_parallel
+        )
+    except (AttributeError, TypeError) as error:
+        raise ModelError(
+            f"transformers {transformers.__version__} has no tensor parallelism of this kind: "
+            "pip install -U transformers"
+        ) from error
+    model = load_model(name, dtype, checkpointing, distributed_config=config)
+    if config.fsdp_size > 1 and _is_tied(model):
+        raise ModelError(
+            "the model's embedding is its head, too, which tensor_parallel cannot have beside "
+            "FSDP2: leave tensor_parallel out, or make it the number of processes"
+        )
+    return model
+
+
+def _is_tied(model):
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def gathered(model):
+    """All weights of a sharded model, on the CPU of the first rank; nothing on the others. Of a
+    model that is not sharded: None."""
+    if not any(hasattr(p, "full_tensor") for p in model.parameters()):
+        return None
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    # one after the other, so no device has more than one of them whole
+    weights = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    once = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    return {name: tensor for name, tensor in weights.items() if name in once}
+
+
+def save(folder, model, tokenizer=None, weights=None):
+    """Writes what `transformers.AutoModelForCausalLM.from_pretrained(folder)` loads.
+
+    Args:
+        weights: of `gathered`, where the model is sharded.
+    """
+    if weights is not None:
+        generation = model.generation_config
+        with torch.device("meta"):
+            model = _transformers("saving a model").AutoModelForCausalLM.from_config(
+                _plain_config(model.config), dtype=model.dtype
+            )
+        model.generation_config = generation
+    with _without_bars(_transformers("saving a model")):
+        model.save_pretrained(folder, state_dict=weights)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
@@ -84,17 +220,21 @@ def _plain(model):
     The weights of a GGUF file are dequantised when they are loaded, but the mark stays and
     save_pretrained refuses: the weights go into a model built from the configuration alone.
     """
-    config = model.config.to_dict()
-    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
-        config.pop(key, None)
     with torch.device("meta"):
-        plain = type(model)(type(model.config)(**config))
+        plain = type(model)(_plain_config(model.config))
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
     for name, buffer in model.named_buffers():  # not in the state dict, and still on meta
         owner, _, leaf = name.rpartition(".")
         plain.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
     return plain.train()
+
+
+def _plain_config(config):
+    values = config.to_dict()
+    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+        values.pop(key, None)
+    return type(config)(**values)
 
 
 # -- models without weights ------------------------------------------------------------------------

@@ -4,11 +4,12 @@ import weakref
 
 import torch
 
+from ..optim import sharding
 from ..optim.watching import observes, unwatched
 
 
 class HeldBytes:
-    """Counts the bytes of parameter gradients alive, and their peak.
+    """Counts the bytes of parameter gradients alive, and their peak; of sharded ones this rank's.
 
     A gradient counts from the moment backward has put it into `param.grad` until its tensor is
     freed. Make it before the optimizer: hooks run in the order in which they were made.
@@ -26,7 +27,7 @@ class HeldBytes:
     @observes
     @unwatched
     def _appeared(self, param):
-        grad = param.grad
+        grad = sharding.local(param.grad)
         if grad is None:  # torch also calls when nothing flowed into the parameter
             return
         key = id(grad)
@@ -50,9 +51,9 @@ class HeldBytes:
 
 
 def state_bytes(optimizer):
-    """Bytes of all tensors in `optimizer.state`."""
+    """Bytes of all tensors in `optimizer.state`; of sharded ones this rank's."""
     return sum(
-        value.nelement() * value.element_size()
+        sharding.local(value).nelement() * value.element_size()
         for state in optimizer.state.values()
         for value in state.values()
         if isinstance(value, torch.Tensor)

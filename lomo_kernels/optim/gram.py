@@ -36,9 +36,9 @@ class Cancellation:
         return set(numbers)
 
     def close(self):
-        if self._found and torch.cuda.is_current_stream_capturing():
+        if (self._found or self._arriving) and torch.cuda.is_current_stream_capturing():
             self._found.clear()  # no host code runs when the step is replayed
-            return
+            return  # and to ask an event would end the capture
         for device, found in self._found.items():
             numbers = [number for each, _ in found for number in each]
             host = torch.empty(len(numbers), dtype=torch.float64, pin_memory=True)

@@ -1,0 +1,45 @@
+"""What a run would do and need, without its weights."""
+
+from .. import memory
+from ..integrations import huggingface
+from . import data, stepping
+from .job import steps_of
+
+
+def dry_run(settings, display):
+    """Shows examples, tokens, steps and the memory of each kind, and stops there.
+
+    Returns:
+        The memory.Plan of one backward of the longest examples.
+    """
+    stepping.check(settings)
+    parts = data.read(settings)
+    examples = data.tokenised(parts, settings, huggingface.load_tokenizer(settings.model))
+    for line in examples.lines:
+        display.say(line)
+    steps, per_epoch = steps_of(settings, len(examples.train))
+    sizes = [len(e.prompt) + len(e.completion) for e in examples.train]
+    trained = sum(len(e.completion) if e.trained is None else sum(e.trained)
+                  for e in examples.train)  # fmt: skip
+    together = settings.batch_size * settings.gradient_accumulation
+    display.say(
+        f"{steps} steps of {together} examples, {per_epoch} a pass; {sum(sizes):,} tokens a pass, "
+        f"{trained:,} of them trained; the longest example has {max(sizes):,}"
+    )
+    clips = settings.clip_grad_norm if settings.norm == "global" else None
+    plan = memory.plan(
+        huggingface.load_config(settings.model),
+        optimizer=settings.optimizer, clip_grad_norm=clips, strategy=settings.strategy,
+        rounding=settings.rounding, dtype=settings.dtype, batch=settings.batch_size,
+        sequence=max(sizes), checkpointing="non_reentrant" if settings.checkpointing else None,
+        device="cpu" if settings.device == "cpu" else "cuda",
+    )  # fmt: skip
+    size = memory.report.size
+    kinds = ", ".join(f"{name} {size(count)}" for name, count in plan.maxima.items())
+    display.say(f"memory of a step, the most of each kind: {kinds}; together {size(plan.peak)}")
+    if settings.autocast:
+        display.say("the plan is for float32 throughout: autocast keeps activations in half of it")
+    if settings.gradient_accumulation > 1:
+        display.say("between the backwards of a step all gradients are held: the parameters' size "
+                    "is the most they need")  # fmt: skip
+    return plan
