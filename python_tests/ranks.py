@@ -127,7 +127,10 @@ _pools = {}  # number of ranks -> Pool
 
 
 def _serve(rank, world, folder, pipe):
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    os.environ.update(  # as torchrun does
+        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT="0",
+    )  # fmt: skip
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world,

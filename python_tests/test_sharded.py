@@ -325,7 +325,9 @@ def test_mixed_precision_is_torch_s_sgd_on_the_same_engine(world, how):
 @ranks.on(2)
 @pytest.mark.parametrize("how", HOW)
 def test_offload_to_the_host(world, how):
-    check_is_sgd(world, HOW[how], steps=2, engine={"offload_policy": CPUOffloadPolicy()})
+    check_is_sgd(
+        world, HOW[how], steps=2, engine={"offload_policy": CPUOffloadPolicy(pin_memory=False)}
+    )
 
 
 @ranks.on(2, 4)
@@ -528,13 +530,13 @@ def test_bytes_of_gradients(world, how):
         with ReducedGradients() as reduced:
             optimizer.backward(model(batch(step, dist.get_rank())))
         assert max(reduced.units) == max(units.values())  # all of them are seen
-        assert 0 < reduced.peak <= limit
+        assert 0 < reduced.peak <= limit, (reduced.peak, limit)
         assert reduced.now == 0
         if how == "one_backward":
             assert reduced.peak > 0.9 * sum(units.values())
         if how == "partial":
             assert reduced.peak > max(units.values())  # something waits
-            assert 0 < optimizer.last_waiting_bytes <= budget
+            assert 0 < optimizer.last_waiting_bytes <= limit
     check_moved(start, whole(model))
 
 

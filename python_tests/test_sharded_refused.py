@@ -1,7 +1,5 @@
 """What cannot be sharded training is refused in one sentence with the way out, before any write."""
 
-import os
-
 import models
 import pytest
 import ranks
@@ -150,7 +148,7 @@ def test_trainable_parameters_that_the_engine_ignores(world, kind, options):
     start = whole(model)
     with pytest.raises((TypeError, RuntimeError, ValueError), match=r"score\.weight") as refused:
         kind(model, LR, **options)
-    assert "requires_grad_(False)" in str(refused.value)
+    assert "freeze it" in str(refused.value)
     check_still(start, whole(model))
 
 
@@ -189,7 +187,7 @@ def test_a_parameter_that_is_a_sum_of_ranks(world, kind, operation):
     part = nn.Parameter(
         DTensor.from_local(torch.ones(4, 4), ranks.mesh(world), [Partial(operation)])
     )
-    with pytest.raises(TypeError, match="Partial"):
+    with pytest.raises(TypeError, match="redistribute it to Shard or Replicate"):
         kind([part], LR)
     assert torch.equal(part.to_local(), torch.ones(4, 4))
 
@@ -206,7 +204,7 @@ def test_a_gradient_that_is_no_sum_of_ranks(world, options):
     wrong = DTensor.from_local(torch.ones(4, 4), grid, [Partial("max")])
     with optimizer.accumulate():
         layer.weight.grad = wrong
-    with pytest.raises(TypeError, match=r"weight.*Partial"):
+    with pytest.raises(TypeError, match=r"weight.*redistribute it to Shard or Replicate"):
         optimizer.step()
     check_still(start, whole(layer))
 
@@ -236,7 +234,7 @@ def test_adalomo_needs_whole_rows(world, engine, options):
 
 
 def offloaded():
-    return shards.sharded(engine={"offload_policy": CPUOffloadPolicy()})
+    return shards.sharded(engine={"offload_policy": CPUOffloadPolicy(pin_memory=False)})
 
 
 @ranks.on(2)
@@ -244,8 +242,11 @@ def test_offload_with_an_older_torch(world):
     """Before 2.13 a hook gets gradients that are still on their way to the host."""
     model = offloaded()
     start = whole(model)
+    grid = model.head.weight.device_mesh
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.12.1"))
+        Lomo(model, lr=LR)  # from the CPU to the CPU nothing is on its way
+        patch.setattr(grid, "_device_type", "cuda")
         with pytest.raises(RuntimeError, match=r"2\.13"):
             Lomo(model, lr=LR)
     check_still(start, whole(model))
@@ -272,12 +273,6 @@ def accelerator():
     made.state.fsdp_plugin = plugin
     assert made.is_fsdp2
     return made
-
-
-@pytest.fixture
-def of_accelerate(monkeypatch):
-    for name, value in (("ACCELERATE_USE_CPU", "true"), ("FSDP_VERSION", "2")):
-        monkeypatch.setitem(os.environ, name, value)
 
 
 @ranks.on(2)
@@ -311,7 +306,7 @@ def test_accelerate_prepares_model_and_optimizer(world, kind, options):
 def test_accelerate_given_the_model_alone(world, drive):
     model = shards.build()
     optimizer = Lomo(model, lr=LR)
-    model = accelerator().prepare(model)
+    model = accelerator().prepare_model(model)
     start = whole(model)
     loss = model(batch(0, dist.get_rank()))
     with pytest.raises(RuntimeError, match="make the optimizer after"):

@@ -95,53 +95,52 @@ class AdalomoParts:
             clip_value, clip_coef, found_inf, skip, rounding, seed, backend,
         )  # fmt: skip
         self._copies = [part for part, own in zip(parts, counts) if not own]
-        self._totals = self._count = None
+        self._count, self._totals = len(params), None
         self.statistics = params[0].new_empty(length, dtype=torch.float32)
         self._kept = [
             self._update.module.adalomo_statistics_(self.statistics, items, **options)
             for items, options in self._update.groups
         ]
-        self._silence([self.statistics[p.slot :][: p.length] for p in self._copies])
-        self._count = len(params)
+        self._clear([self.statistics[p.slot :][: p.length] for p in self._copies])
 
     def squares(self, every):
         """Sums of squares of the updates [tensors], from the statistics [ranks, n] of all."""
-        self._totals = _totals(every, self.statistics)
+        self._totals = self._add(every, len(self.statistics))
         out = self.statistics.new_empty(self._count)
         for (items, options), kept in zip(self._update.groups, self._kept):
             self._update.module.adalomo_squares_(out, items, kept, self._totals, **options)
-        self._silence([out[p.number : p.number + 1] for p in self._copies])
+        self._clear([out[p.number : p.number + 1] for p in self._copies])
         return out
 
     def update_(self, every):
         """The update, from the squares [ranks, tensors] of all; the object is used up."""
         if self._totals is None:
             raise RuntimeError("update_() must come once, after squares()")
-        totals = _totals(every, self._totals.new_empty(self._count))
+        totals = self._add(every, self._count)
         for (items, options), kept in zip(self._update.groups, self._kept):
             self._update.module.adalomo_parts_update_(items, kept, self._totals, totals, **options)
         self._update.finish()
         self._update = self._kept = self._totals = None
 
     @staticmethod
-    def _silence(values):
-        if values:
-            torch._foreach_zero_(values)
+    def _clear(copies):
+        if copies:
+            torch._foreach_zero_(copies)
 
-
-def _totals(every, own):
-    """[ranks, n] -> [n], in the order of the ranks."""
-    if not isinstance(every, torch.Tensor) or every.dtype is not torch.float32:
-        got = every.dtype if isinstance(every, torch.Tensor) else type(every).__name__
-        raise TypeError(f"every must be a float32 tensor, got {got}")
-    if every.ndim != 2 or every.shape[0] == 0 or every.shape[1:] != own.shape:
-        raise ValueError(f"every must have shape [ranks, {len(own)}], got {tuple(every.shape)}")
-    if every.device != own.device:
-        raise ValueError(f"every must be on param's device {own.device}, got {every.device}")
-    total = every[0].double()
-    for rank in every[1:]:
-        total += rank
-    return total.float()
+    def _add(self, every, length):
+        """[ranks, length] -> [length], in the order of the ranks."""
+        if not isinstance(every, torch.Tensor) or every.dtype is not torch.float32:
+            got = every.dtype if isinstance(every, torch.Tensor) else type(every).__name__
+            raise TypeError(f"every must be a float32 tensor, got {got}")
+        if every.ndim != 2 or every.shape[0] == 0 or every.shape[1] != length:
+            raise ValueError(f"every must have shape [ranks, {length}], got {tuple(every.shape)}")
+        device = self.statistics.device
+        if every.device != device:
+            raise ValueError(f"every must be on param's device {device}, got {every.device}")
+        total = every[0].double()
+        for rank in every[1:]:
+            total += rank
+        return total.float()
 
 
 def _check_part(param, part):

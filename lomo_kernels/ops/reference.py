@@ -306,7 +306,7 @@ def _inverse_root(x):
     return torch.where(x.isfinite(), 1.0 / _root(x), torch.nan)
 
 
-def _squares(item, eps, clip_value, weights, inv_scale, clip_coef):
+def _squares(item, *, eps, clip_value, weights, inv_scale, clip_coef, **_):
     """The gradient, the new moments of rows, the squares of columns, and the part's statistics."""
     tiles, part, g = item.tiles, item.part, _flat(item.grad).float()
     x = _clipped(torch.where(g.isfinite(), g, torch.nan), inv_scale, clip_value, clip_coef)
@@ -327,7 +327,7 @@ def _moment(item, before, square, eps, weights):
     return before * (1.0 - weight) + weight * (square + eps[0])
 
 
-def _updates(item, x, rows, cols, statistics, eps, weights):
+def _updates(item, x, rows, cols, statistics, *, eps, weights, **_):
     """The updates of a part and its new moments, from the statistics of the whole tensor."""
     if rows is None:
         if item.full is None:  # no element at all
@@ -347,7 +347,7 @@ def _updates(item, x, rows, cols, statistics, eps, weights):
 
 def _update(
     item, u, new, param_square, update_square, *, lr, weight_decay, eps, clip_threshold, seed,
-    rounding, found_inf, skip,
+    rounding, found_inf, skip, **_,
 ):  # fmt: skip
     """Writes a part, from the sums of squares of the whole tensor."""
     numel = update_square.new_full((), max(1, item.part.shape.numel()), dtype=torch.float32)
@@ -373,52 +373,43 @@ def _update(
 
 
 @torch.no_grad()
-def adalomo_update_(
-    items, *, eps, clip_value, weights, inv_scale, clip_coef, **options,
-):  # fmt: skip
+def adalomo_update_(items, **options):
     """See `lomo_kernels.ops.adalomo_update_`; numbers are already rounded to fp32."""
     for item in items:
-        found = _squares(item, eps, clip_value, weights, inv_scale, clip_coef)
-        u, new = _updates(item, *found, eps, weights)
-        square = _total(item.tiles.sums(u * u))
-        _update(item, u, new, found[-1][0], square, eps=eps, **options)
+        *found, statistics = _squares(item, **options)
+        u, new = _updates(item, *found, statistics, **options)
+        _update(item, u, new, statistics[0], _total(item.tiles.sums(u * u)), **options)
 
 
-# -- AdalomoParts: the same, with the sums of all ranks in place of the part's own; nothing is kept
-# from call to call, the sweeps are made anew ------------------------------------------------------
+# The calls of `lomo_kernels.ops.AdalomoParts`: the same, but that sums over the ranks take the
+# place of the part's own. Nothing is kept from call to call; the sweeps are made anew.
 
 
 @torch.no_grad()
-def adalomo_statistics_(
-    out, items, *, eps, clip_value, weights, inv_scale, clip_coef, **options
-):  # fmt: skip
+def adalomo_statistics_(out, items, **options):
     for item in items:
-        *_, statistics = _squares(item, eps, clip_value, weights, inv_scale, clip_coef)
+        *_, statistics = _squares(item, **options)
         out[item.part.slot :][: len(statistics)] = statistics
 
 
-def _again(item, statistics, eps, clip_value, weights, inv_scale, clip_coef):
-    *found, own = _squares(item, eps, clip_value, weights, inv_scale, clip_coef)
-    statistics = statistics[item.part.slot :][: len(own)]
-    return *_updates(item, *found, statistics, eps, weights), statistics[0]
+def _again(item, every, **options):
+    *found, own = _squares(item, **options)
+    statistics = every[item.part.slot :][: len(own)]
+    return *_updates(item, *found, statistics, **options), statistics[0]
 
 
 @torch.no_grad()
-def adalomo_squares_(
-    out, items, kept, statistics, *, eps, clip_value, weights, inv_scale, clip_coef, **options
-):  # fmt: skip
+def adalomo_squares_(out, items, kept, statistics, **options):
     for item in items:
-        u, *_ = _again(item, statistics, eps, clip_value, weights, inv_scale, clip_coef)
+        u, *_ = _again(item, statistics, **options)
         out[item.part.number] = _total(item.tiles.sums(u * u))
 
 
 @torch.no_grad()
-def adalomo_parts_update_(
-    items, kept, statistics, squares, *, eps, clip_value, weights, inv_scale, clip_coef, **options
-):  # fmt: skip
+def adalomo_parts_update_(items, kept, statistics, squares, **options):
     for item in items:
-        u, new, square = _again(item, statistics, eps, clip_value, weights, inv_scale, clip_coef)
-        _update(item, u, new, square, squares[item.part.number], eps=eps, **options)
+        u, new, param_square = _again(item, statistics, **options)
+        _update(item, u, new, param_square, squares[item.part.number], **options)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ kernels and of the loops are compared.
 
 import ctypes
 import importlib.util
+import math
 import random
 import struct
 import sys
@@ -172,6 +173,85 @@ def check_adalomo(param, grad, rounding, shift):
     assert all(k[-2] == struct.pack("i", 1) for k in kernels[:-1])  # the step was made
 
 
+def floats(buffer):
+    return struct.unpack(f"{buffer.size // 4}f", buffer.read())
+
+
+def adalomo_parts(run, sums, where, shapes, ranks, formats, rounding, data):
+    """Cuts the rows of each shape for the ranks. Returns what they write, messages included."""
+    param, grad = formats
+    weights, found = Buffer(struct.pack("2f", 1.0, 0.6)), Buffer(bytes(4))
+    options = (0.01, 0.1, 1e-30, 1e-3, 1.0, 0.5, 2**63 + 3)
+    scalars = (0, 0, found.address, 0, weights.address, 2)
+    codes = (C.dtypes[param], C.dtypes[grad], C.roundings[rounding])
+    tables, written, length = [array("q") for _ in range(ranks)], [], 0
+    for k, shape in enumerate(shapes):
+        row, factored = math.prod(shape[1:]), len(shape) > 1
+        joined = len(shape) == 2 and math.prod(shape) > 0
+        each = -(-shape[0] // ranks)
+        for rank in range(ranks):
+            begin, end = (min(x * each, shape[0]) for x in (rank, rank + 1))
+            numel = (end - begin) * row
+            batch, rows, cols = (1, -(-numel // 256), 256) if not factored else (
+                (1, end - begin, row) if len(shape) == 2 else (end - begin, *shape[1:])
+            )  # fmt: skip
+            whole_rows = shape[0] if joined else rows
+            kept = C.adalomo_kept(batch, rows, cols, factored, whole_rows)
+            passing = C.adalomo_scratch(batch, rows, cols, factored)
+            passing -= C.adalomo_kept(batch, rows, cols, factored, rows)
+            tiles = max(1, batch * -(-rows // 64) * -(-cols // 256))
+            moments = [Buffer(bytes(4 * batch * n)) for n in (rows, cols)]
+            buffers = [
+                Buffer(data[k][0][begin * row * WIDTH[param] :][: numel * WIDTH[param]]),
+                Buffer(data[k][1][begin * row * WIDTH[grad] :][: numel * WIDTH[grad]]),
+                Buffer(bytes(2 * numel)),
+                *(moments if factored else (Buffer(bytes(4 * numel)), Buffer(b""))),
+                Buffer(bytes(4)),
+                Buffer(bytes(4 * tiles)),
+                Buffer(b"\xff" * (4 * kept)),
+                Buffer(b"\xff" * (4 * passing)),
+            ]
+            own = array("q", [b.address for b in buffers[:8]])
+            own.extend((batch, rows, cols, numel, k, factored))
+            sums(own.buffer_info()[0], codes[0], *where)
+            own.extend((buffers[8].address, begin * row, whole_rows, math.prod(shape)))
+            own.extend((joined, length, k))
+            tables[rank].extend(own)
+            written.append(buffers)
+        length += 2 + row if joined else 1
+    totals = [0, 0]
+    messages = []
+    for call, size in (("statistics", length), ("squares", len(shapes)), ("update", 0)):
+        told = [Buffer(b"\xff" * (4 * size)) for _ in range(ranks)]
+        for rank in range(ranks):
+            more = [t.address if t else 0 for t in totals]
+            if call != "update":
+                more[("statistics", "squares").index(call)] = told[rank].address
+            run(tables[rank].buffer_info()[0], len(shapes), *codes, *options, *scalars,
+                C.adalomo_calls[call], *more, *where)  # fmt: skip
+        messages += [t.read() for t in told]
+        if call != "update":
+            total = [sum(each) for each in zip(*map(floats, told))]
+            totals[len(messages) > ranks] = Buffer(struct.pack(f"{size}f", *total))
+    steps = {buffers[5].read() for buffers in written}
+    assert steps == {struct.pack("i", 1)}  # every part was updated
+    return [b.read() for buffers in written for b in buffers[:7]] + messages + [found.read()]
+
+
+def check_adalomo_parts(param, grad, rounding):
+    shapes = ((5, 9), (65, 260), (1, 300), (3, 0), (3, 65, 8), (777,), (2,), (0,))
+    data = [
+        [bytes(random.choice((0, 0x3C)) for _ in range(math.prod(s) * WIDTH[f])) for f in
+         (param, grad)]
+        for s in shapes
+    ]  # fmt: skip
+    for ranks in (1, 2, 4):
+        arguments = (shapes, ranks, (param, grad), rounding, data)
+        kernels = adalomo_parts(C.cuda_adalomo_parts, C.cuda_adalomo_sums, (0, 0), *arguments)
+        loops = adalomo_parts(C.cpu_adalomo_parts, C.cpu_adalomo_sums, (2,), *arguments)
+        assert kernels == loops
+
+
 def check_decide(count, flags, found):
     start = struct.pack("8f", 1 / 64, 1, 0, 0, 0, 64, 2, 0)
     written = []
@@ -200,13 +280,14 @@ def main():
     for case in cases:
         for shift in (0, 3):
             check_adalomo(*case, shift)
+        check_adalomo_parts(*case)
     for dtype in WIDTH:
         for shift in (0, 3):
             check_sumsq(dtype, shift)
     for count in (0, 1, 255, 256, 257, 1000):
         for flags in (0, 1, 5):
             check_decide(count, flags, float(count % 2))
-    print(f"{5 * len(cases) + 2 * len(WIDTH)} lists of tensors, no error")
+    print(f"{8 * len(cases) + 2 * len(WIDTH)} lists of tensors, no error")
     if "--overrun" in sys.argv:  # proves that an overrun would have been seen
         short = Buffer(bytes(2 * 100))
         tensor = (short, Buffer(bytes(256)), short, 128, 0, 0)

@@ -6,7 +6,13 @@ a kernel that works in place would apply the update several times.
 
 import triton
 
-from .adalomo import adalomo_sums_, adalomo_update_
+from .adalomo import (
+    adalomo_parts_update_,
+    adalomo_squares_,
+    adalomo_statistics_,
+    adalomo_sums_,
+    adalomo_update_,
+)
 from .decide import decide_
 from .grad_sumsq import grad_sumsq_
 from .lomo_update import lomo_update_
@@ -14,6 +20,9 @@ from .product_sumsq import product_sumsq_
 from .product_update import product_update_
 
 __all__ = [
+    "adalomo_parts_update_",
+    "adalomo_squares_",
+    "adalomo_statistics_",
     "adalomo_sums_",
     "adalomo_update_",
     "decide_",

@@ -1,5 +1,6 @@
 """AdaLomo: csrc/adalomo.h, Note [Tiles]."""
 
+import torch
 import triton
 import triton.language as tl
 
@@ -89,7 +90,8 @@ def ada_moments_kernel(
     parts_ptr, before_ptr, new_ptr, means_ptr, parts, size, other, groups,
     step_ptr, weights_ptr, weights_count, eps,
 ):  # fmt: skip
-    """256 rows, or columns, of one matrix: their sums of `parts` parts and their new moments."""
+    """256 rows, or columns, of one matrix: their sums of `parts` parts and their new moments; the
+    sums instead where there is no `before_ptr`."""
     batch, group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
     place = group * 256 + tl.arange(0, 256)
     first = parts_ptr + batch * parts * size
@@ -101,11 +103,13 @@ def ada_moments_kernel(
         at = part.to(tl.int64)[:, None] * size + place[None, :]
         lanes = lanes + tl.load(first + at, mask=live, other=0.0)
         k += 8
-    mean = tl.div_rn(add_eight(lanes), tl.full([256], 1.0, tl.float32) * other.to(tl.float32))
-    weight = weight_of(tl.load(step_ptr), weights_ptr, weights_count)
+    new = add_eight(lanes)
     live = place < size
-    before = tl.load(before_ptr + batch * size + place, mask=live, other=0.0)
-    new = tl.where(live, moment(before, mean, weight, eps), 0.0)
+    if before_ptr is not None:
+        mean = tl.div_rn(new, tl.full([256], 1.0, tl.float32) * other.to(tl.float32))
+        weight = weight_of(tl.load(step_ptr), weights_ptr, weights_count)
+        before = tl.load(before_ptr + batch * size + place, mask=live, other=0.0)
+        new = tl.where(live, moment(before, mean, weight, eps), 0.0)
     tl.store(new_ptr + batch * size + place, new, mask=live)
     if means_ptr is not None:
         at = means_ptr + batch * groups + group
@@ -133,11 +137,10 @@ def ada_updates(
 
 
 @triton.jit
-def mean_row(means_ptr, tile, rows, down, across):
-    groups = (rows + 255) // 256
+def mean_row(means_ptr, tile, groups, whole_rows, down, across):
     batch = (tile // across // down).to(tl.int64)
     total = sum_lanes(means_ptr + batch * groups, groups, 8)
-    return tl.div_rn(total, tl.full([1], 1.0, tl.float32) * rows.to(tl.float32))
+    return tl.div_rn(total, tl.full([1], 1.0, tl.float32) * whole_rows.to(tl.float32))
 
 
 @triton.jit
@@ -149,7 +152,8 @@ def col_factors(col_ptr, tile, cols, down, across):
 
 @triton.jit
 def ada_norm_kernel(
-    g_ptr, row_ptr, col_ptr, means_ptr, norms_ptr, rows, cols, numel, down, across,
+    g_ptr, row_ptr, col_ptr, means_ptr, groups, whole_rows, norms_ptr,
+    rows, cols, numel, down, across,
     inv_scale_ptr, clip_value, clip_coef_ptr, step_ptr, weights_ptr, weights_count, eps,
     G: tl.constexpr, FACTORED: tl.constexpr,
 ):  # fmt: skip
@@ -158,7 +162,7 @@ def ada_norm_kernel(
     weight = weight_of(tl.load(step_ptr), weights_ptr, weights_count)
     mean, col_factor = 0.0, 0.0
     if FACTORED:
-        mean = mean_row(means_ptr, tile, rows, down, across)
+        mean = mean_row(means_ptr, tile, groups, whole_rows, down, across)
         col_factor = col_factors(col_ptr, tile, cols, down, across)
     lanes = tl.zeros([8, 256], tl.float32)
     step = 0
@@ -209,11 +213,20 @@ def ada_step_kernel(
         tl.store(found_inf_ptr + one, tl.full([1], 1.0, tl.float32), mask=made == 0)
 
 
-@triton.jit(do_not_specialize=["param_id", "seed"])
+@triton.jit
+def ada_tell_kernel(out_ptr, norms_ptr, tiles, means_ptr, groups):
+    """A part's sums for the other ranks: of squares and, after the first sweep, of moments."""
+    tl.store(out_ptr + tl.arange(0, 1), sum_lanes(norms_ptr, tiles, 11))
+    if means_ptr is not None:
+        tl.store(out_ptr + 1 + tl.arange(0, 1), sum_lanes(means_ptr, groups, 8))
+
+
+@triton.jit(do_not_specialize=["offset", "param_id", "seed"])
 def ada_update_kernel(
-    p_ptr, g_ptr, low_ptr, row_ptr, col_ptr, new_row_ptr, new_col_ptr, means_ptr,
-    sums_ptr, scalars_ptr, step_ptr, weights_ptr, weights_count, rows, cols, numel, down, across,
-    param_id, seed, inv_scale_ptr, clip_value, clip_coef_ptr, eps,
+    p_ptr, g_ptr, low_ptr, row_ptr, col_ptr, new_row_ptr, new_col_ptr, means_ptr, groups,
+    whole_rows, sums_ptr, scalars_ptr, step_ptr, weights_ptr, weights_count,
+    rows, cols, numel, down, across, offset, param_id, seed,
+    inv_scale_ptr, clip_value, clip_coef_ptr, eps,
     P: tl.constexpr, G: tl.constexpr, ROUNDING: tl.constexpr, GROUPED: tl.constexpr,
     FACTORED: tl.constexpr,
 ):  # fmt: skip
@@ -227,7 +240,7 @@ def ada_update_kernel(
         line = tile // across
         batch, ti, tj = (line // down).to(tl.int64), line % down, tile % across
         if FACTORED:
-            mean = mean_row(means_ptr, tile, rows, down, across)
+            mean = mean_row(means_ptr, tile, groups, whole_rows, down, across)
             col_factor = col_factors(new_col_ptr, tile, cols, down, across)
             if tj == 0:
                 row = ti * 64 + tl.arange(0, 64)
@@ -262,12 +275,13 @@ def ada_update_kernel(
                 if GROUPED:
                     row = ti * 64 + step * 8 + tl.arange(0, 8)
                     first = (batch * rows + row) * (cols // 8) + tj * 32
-                    group = first[:, None] + tl.arange(0, 32)[None, :]
+                    group = offset // 8 + first[:, None] + tl.arange(0, 32)[None, :]
                     w0, w1, w2, w3 = random_group(group, seed, number, param_id)
                     random = tl.reshape(deal(w0, w1, w2, w3), [8, 256])
                 else:
-                    w0, w1, w2, w3 = random_group(at >> 3, seed, number, param_id)
-                    random = pick(w0, w1, w2, w3, at)
+                    element = at + offset
+                    w0, w1, w2, w3 = random_group(element >> 3, seed, number, param_id)
+                    random = pick(w0, w1, w2, w3, element)
                 rounded = round_stochastic(master, random, P)
             else:
                 rounded = round_nearest(master, P)
@@ -278,59 +292,135 @@ def ada_update_kernel(
         tl.store(sums_ptr + tile + tl.arange(0, 1), add_neighbours(tl.reshape(lanes, [2048]), 11))
 
 
-def adalomo_update_(
-    items, *, lr, weight_decay, eps, clip_threshold, clip_value, seed, rounding, weights,
-    inv_scale, clip_coef, found_inf, skip,
-):  # fmt: skip
-    table = {"weights_ptr": weights, "weights_count": len(weights)}
-    clip = {
-        "inv_scale_ptr": inv_scale, "clip_value": clip_value, "clip_coef_ptr": clip_coef,
-    }  # fmt: skip
-    launch = {"num_warps": 8, **EXACT}
-    with on_current(weights.device):
+class Sweeps:
+    """The launches for one item, and the memory they share."""
+
+    def __init__(
+        self, item, *, lr, weight_decay, eps, clip_threshold, clip_value, seed, rounding, weights,
+        inv_scale, clip_coef, found_inf, skip,
+    ):  # fmt: skip
+        self.item, self.seed, self.rounding = item, seed, rounding
+        self.of_step = lr, weight_decay, eps[1], clip_threshold, found_inf, skip
+        self.clip = {
+            "inv_scale_ptr": inv_scale, "clip_value": clip_value, "clip_coef_ptr": clip_coef,
+        }  # fmt: skip
+        self.table = {"weights_ptr": weights, "weights_count": len(weights)}
+        self.eps, self.launch = eps[0], {"num_warps": 8, **EXACT}
+        tiles, self.shape = item.tiles, _shape(item.tiles, item.param)
+        self.factored = tiles.factored and item.param.numel() > 0
+        self.kind = {"G": name_of(item.grad.dtype), "FACTORED": self.factored}
+        # The mean of the rows' moments: sums of groups of rows, and their number; of how many rows.
+        self.means, self.groups, self.whole_rows = None, triton.cdiv(tiles.rows, 256), tiles.rows
+        sizes = [2, tiles.count]
+        if tiles.factored:
+            sizes += [tiles.batch * n for n in (tiles.rows, tiles.cols, self.groups)]
+        self.scalars, self.norms, *moments = weights.new_empty(sum(sizes)).split(sizes)
+        if tiles.factored:
+            self.row, self.col, self.means = moments
+        else:
+            self.row, self.col = item.full, None
+
+    def statistics(self, told_cols=None):
+        """The new moments of rows, and of columns or the columns' sums for the other ranks."""
+        item, down, across = self.item, self.shape["down"], self.shape["across"]
+        batch, rows, cols, _ = item.tiles
+        sizes = [batch * across * rows, batch * down * cols]
+        row_parts, col_parts = self.norms.new_empty(sum(sizes)).split(sizes)
+        ada_stats_kernel[(item.tiles.count,)](
+            as_bits(item.grad), row_parts, col_parts, **self.shape, **self.clip,
+            G=self.kind["G"], **self.launch,
+        )  # fmt: skip
+        self.moments(row_parts, item.row, self.row, self.means, across, rows, cols)
+        before, new = (item.col, self.col) if told_cols is None else (None, told_cols)
+        self.moments(col_parts, before, new, None, down, cols, rows)
+
+    def moments(self, parts, before, new, means, count, size, other):
+        groups = triton.cdiv(size, 256)
+        ada_moments_kernel[(self.item.tiles.batch * groups,)](
+            parts, before, new, means, count, size, other, groups, self.item.step, **self.table,
+            eps=self.eps, **self.launch,
+        )  # fmt: skip
+
+    def norm(self):
+        ada_norm_kernel[(self.item.tiles.count,)](
+            as_bits(self.item.grad), self.row, self.col, self.means, self.groups, self.whole_rows,
+            self.norms, **self.shape, **self.clip, step_ptr=self.item.step, **self.table,
+            eps=self.eps, **self.kind, **self.launch,
+        )  # fmt: skip
+
+    def tell(self, out, norms, means):
+        ada_tell_kernel[(1,)](
+            out, norms, self.item.tiles.count, means, self.groups, **self.launch
+        )  # fmt: skip
+
+    def step(self, update_squares, param_squares, tiles, numel):
+        ada_step_kernel[(1,)](
+            update_squares, param_squares, tiles, numel, self.scalars, self.item.step,
+            *self.of_step, **self.launch,
+        )  # fmt: skip
+
+    def update(self):
+        item = self.item
+        own = item.row if item.tiles.factored else item.full
+        grouped = self.shape["cols"] % 8 == 0 and item.part.offset % 8 == 0
+        ada_update_kernel[(item.tiles.count,)](
+            as_bits(item.param), as_bits(item.grad), item.low, own, item.col, self.row, self.col,
+            self.means, self.groups, self.whole_rows, item.sums, self.scalars, item.step,
+            *self.table.values(), **self.shape, offset=item.part.offset, param_id=item.param_id,
+            seed=self.seed, **self.clip, eps=self.eps, P=name_of(item.param.dtype),
+            ROUNDING=self.rounding, GROUPED=grouped, **self.kind, **self.launch,
+        )  # fmt: skip
+
+
+def adalomo_update_(items, **options):
+    with on_current(options["weights"].device):
         for item in items:
-            tiles, p, g = item.tiles, as_bits(item.param), as_bits(item.grad)
-            shape = _shape(tiles, item.param)
-            factored = tiles.factored and item.param.numel() > 0
-            batch, rows, cols = tiles[:3]
-            down, across = shape["down"], shape["across"]
-            sizes = [2, tiles.count]
-            if factored:
-                groups = [triton.cdiv(rows, 256), triton.cdiv(cols, 256)]
-                parts = [batch * across * rows, batch * down * cols]
-                sizes += [*parts, batch * rows, batch * cols, batch * groups[0]]
-            scalars, norms, *rest = weights.new_empty(sum(sizes)).split(sizes)
-            own = item.row if tiles.factored else item.full
-            moments = {"row_ptr": own, "col_ptr": None, "means_ptr": None}
-            if factored:
-                row_parts, col_parts, new_row, new_col, means = rest
-                ada_stats_kernel[(tiles.count,)](
-                    g, row_parts, col_parts, **shape, **clip, G=name_of(item.grad.dtype), **launch
-                )
-                for part, before, new, sums, count, size, other, group in (
-                    (row_parts, item.row, new_row, means, across, rows, cols, groups[0]),
-                    (col_parts, item.col, new_col, None, down, cols, rows, groups[1]),
-                ):
-                    ada_moments_kernel[(batch * group,)](
-                        part, before, new, sums, count, size, other, group, item.step,
-                        **table, eps=eps[0], **launch,
-                    )  # fmt: skip
-                moments = {"row_ptr": new_row, "col_ptr": new_col, "means_ptr": means}
-            kind = {"G": name_of(item.grad.dtype), "FACTORED": factored}
-            ada_norm_kernel[(tiles.count,)](
-                g, **moments, norms_ptr=norms, **shape, **clip, step_ptr=item.step, **table,
-                eps=eps[0], **kind, **launch,
-            )  # fmt: skip
-            ada_step_kernel[(1,)](
-                norms, item.sums, tiles.count, item.param.numel(), scalars, item.step,
-                lr, weight_decay, eps[1], clip_threshold, found_inf, skip, **launch,
-            )  # fmt: skip
-            ada_update_kernel[(tiles.count,)](
-                p, g, item.low, own, item.col, *moments.values(), item.sums, scalars,
-                item.step, *table.values(), **shape, param_id=item.param_id, seed=seed, **clip,
-                eps=eps[0], P=name_of(item.param.dtype), ROUNDING=rounding, GROUPED=cols % 8 == 0,
-                **kind, **launch,
-            )  # fmt: skip
+            sweeps = Sweeps(item, **options)
+            if sweeps.factored:
+                sweeps.statistics()
+            sweeps.norm()
+            sweeps.step(sweeps.norms, item.sums, item.tiles.count, item.param.numel())
+            sweeps.update()
+
+
+def adalomo_statistics_(out, items, **options):
+    """Returns what the other calls get as `kept`: each item's sweeps."""
+    kept = []
+    with on_current(out.device):
+        for item in items:
+            sweeps, told = Sweeps(item, **options), out[item.part.slot :][: item.part.length]
+            kept.append(sweeps)
+            if item.part.joined and not sweeps.factored:  # no rows
+                told.zero_()
+                continue
+            if sweeps.factored:
+                sweeps.statistics(told[2:] if item.part.joined else None)
+            sweeps.tell(told, item.sums, sweeps.means if item.part.joined else None)
+    return kept
+
+
+def adalomo_squares_(out, items, kept, statistics, **options):
+    with on_current(out.device):
+        for item, sweeps in zip(items, kept):
+            part = item.part
+            if part.joined:
+                rows, *_ = part.shape
+                told = statistics[part.slot :][: part.length]
+                sweeps.moments(told[2:], item.col, sweeps.col, None, 1, item.tiles.cols, rows)
+                sweeps.means, sweeps.groups, sweeps.whole_rows = told[1:], 1, rows
+            sweeps.norm()
+            sweeps.tell(out[part.number :], sweeps.norms, None)
+
+
+def adalomo_parts_update_(items, kept, statistics, squares, **options):
+    with on_current(squares.device):
+        for item, sweeps in zip(items, kept):
+            part = item.part
+            sweeps.step(squares[part.number :], statistics[part.slot :], 1, part.shape.numel())
+            sweeps.update()
+            if part.joined and not sweeps.factored:  # no tile writes its columns
+                made = ~sweeps.scalars[1].isnan()
+                item.col.copy_(torch.where(made, sweeps.col, item.col))
 
 
 def adalomo_sums_(sums, param, tiles):
