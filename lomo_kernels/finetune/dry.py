@@ -34,7 +34,8 @@ def dry_run(settings, display):
         huggingface.load_config(settings.model),
         optimizer=settings.optimizer, clip_grad_norm=clips, strategy=settings.strategy,
         rounding=settings.rounding, dtype=settings.dtype,
-        batch=-(-settings.batch_size // processes), sequence=max(sizes), checkpointing="non_reentrant" if settings.checkpointing else None,
+        batch=-(-settings.batch_size // processes), sequence=max(sizes),
+        checkpointing="non_reentrant" if settings.checkpointing else None,
         device="cpu" if settings.device == "cpu" and not settings.offload else "cuda",
         devices=processes, sharding=settings.sharding, offload="cpu" if settings.offload else None,
     )  # fmt: skip
