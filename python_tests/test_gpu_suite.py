@@ -54,6 +54,7 @@ def test_the_suite_goes_on_after_a_failure_and_kills_what_hangs(tmp_path, capsys
     printed = capsys.readouterr().out
     assert "line 59\n  | line 60" in printed  # the last forty
     assert "line 58\n" not in printed
+    assert "  | 1\n" not in printed  # what went well is one line
     with tarfile.open(tmp_path / "logs.tar.gz") as archive:
         assert archive.extractfile("logs/tests_sees.log").read() == b"seen\n"
 
