@@ -159,8 +159,9 @@ class Report:
     """What came of the steps: in a folder of at most two levels and a handful of files, whole
     after each step, because nobody knows which is the last."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, real=True):
         self.folder, self.lines, self.failed = folder, [], []
+        self.where = "" if real else " on a fake GPU"
         self.logs = Path(tempfile.mkdtemp(prefix="gpu_suite_"))
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -182,8 +183,8 @@ class Report:
 
     def verdict(self):
         if not self.failed:
-            return "verdict: all went well"
-        return "verdict: not all went well: " + ", ".join(self.failed)
+            return f"verdict: all went well{self.where}"
+        return f"verdict: not all went well{self.where}: {', '.join(self.failed)}"
 
     def save(self):
         (self.folder / "summary.txt").write_text("\n".join([*self.lines, self.verdict()]) + "\n")
@@ -253,13 +254,13 @@ def main():
     options = asked.parse_args()
     if unknown := set(options.parts) - set(PARTS):
         asked.error(f"unknown part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
-    out, found = options.out.resolve(), architecture()
-    if found is None:
-        print("there is no GPU here: a fake one is walked through")
+    out, found = options.out.resolve(), None if options.dry_run else architecture()
+    if found is None and not options.dry_run:
+        print("torch sees no GPU here: a fake one is walked through")
     paths = [str(ROOT), unpacked(ROOT / "wheels"), os.environ.get("PYTHONPATH", "")]
     variables = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
-    report = Report(out)
-    listed = steps(options.parts or PARTS, None if options.dry_run else found, out)
+    report = Report(out, found is not None)
+    listed = steps(options.parts or PARTS, found, out)
     for part, mine in listed.items():
         run_part(part, mine, report, options.minutes, variables)
     print("\n".join([*report.lines, f"in {out}", report.verdict()]))
