@@ -325,7 +325,7 @@ def test_jobs_run_by_rank_within_the_budget(tmp_path):
     assert [line.rpartition("] ")[2] for line in ran] == ["first", "second"]
     assert left == []
     late = suite.run(jobs, CPU, 0.0, tmp_path / "rows.csv")
-    assert late == ["no time for first", "no time for second"]
+    assert late == ["no time: first", "no time: second"]
     assert [job.name for job in suite.chosen([lambda _: listed], CPU, ["sec", "third"])] == [
         "second"
     ]
@@ -341,17 +341,28 @@ def test_a_job_has_a_process_and_needs_the_time_for_it(tmp_path):
     listed = [job(0, "fails"), job(0, "long")._replace(least=1000.0), job(0, "well")]
     left = suite.run(listed, CPU, 10.0, tmp_path / "rows.csv", apart, say=lambda line: None)
     assert began == [("fails", suite.MOST), ("well", suite.MOST)]
-    assert left == ["failed: fails: exit 1", "no time for long"]
-    began.clear()
-    suite.run(listed[2:], CPU, 0.5, tmp_path / "rows.csv", apart, say=lambda line: None)
-    assert 25 < began[0][1] < 30  # what is left
+    assert left == ["failed: fails: exit 1", "no time: long"]
+
+
+@pytest.mark.parametrize(("minutes", "what"), [(0.5, "no time"), (10.0, "failed")])
+def test_a_job_that_is_ended_has_failed_unless_the_budget_ended_it(tmp_path, minutes, what):
+    limits = []
+
+    def apart(job, seconds, limit):
+        limits.append(limit)
+        return suite.ENDED
+
+    listed = [job(0, "long")]
+    left = suite.run(listed, CPU, minutes, tmp_path / "rows.csv", apart, say=lambda line: None)
+    assert left == [f"{what}: long: {suite.ENDED}"]
+    assert limits[0] == pytest.approx(min(suite.MOST, 60 * minutes), abs=1)
 
 
 def test_a_process_that_dies_or_hangs_is_a_failure(tmp_path, capfd):
     apart = suite.process(CPU, tmp_path)
     assert apart(job(0, "no such job"), 0.1, 100) == "exit 1"
     assert capfd.readouterr().err == "no job 'no such job'\n"
-    assert apart(job(0, "hangs"), 0.1, 0.2) == "ended after 0 s; the rows before are kept"
+    assert apart(job(0, "hangs"), 0.1, 0.2) == suite.ENDED
 
 
 def test_rows_are_saved_as_they_are_made(tmp_path):
