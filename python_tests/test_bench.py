@@ -1,8 +1,10 @@
 """The benchmarks: rivals do the work that they are timed for, rows say what was measured."""
 
 import contextlib
+import copy
 import itertools
 import math
+import re
 import sys
 
 import pytest
@@ -124,6 +126,37 @@ def test_every_rival_makes_adalomo_s_update(what):
     ops.adalomo_update_(*want, state, lr=bench_adalomo.LR, backend="reference")
     prepared(rival, each)()
     torch.testing.assert_close(each.params, want.params, rtol=1e-4, atol=1e-6)
+
+
+STEPS = {**bench_train_step.STEPS, **bench_train_step.FORGE}
+# Those with a plain optimizer's rule in any dtype; others count in fp32, or by rules of their own.
+PLAIN = [key for key in STEPS if key[0] in ("Lomo", "SGD", "AdamW") and key[1] != "fp32 master"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("key", [*PLAIN, ("optimi", "SGD, gradient release")], ids=", ".join)
+def test_every_rival_makes_the_step(key):
+    """A small LLaMA in fp64, beside autograd's gradients and torch's plain optimizers."""
+    case = bench_train_step.Case(CPU, bench_train_step.SMALLEST, 32)
+    case.dtype = torch.float64  # a step is small
+    model, (what, options) = case.build(), key
+    ids = torch.randint(case.shape.vocabulary, (1, 32))
+    plain = copy.deepcopy(model)
+    plain(input_ids=ids, labels=ids).loss.backward()
+    if not re.search("unclipped|release|foreach|^fused$", options):
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+    kind = torch.optim.AdamW if "AdamW" in what + options else torch.optim.SGD
+    kind(plain.parameters(), lr=bench_train_step.LR, foreach=False).step()
+    before = [p.detach().clone() for p in model.parameters()]
+    try:
+        _, step = STEPS[key](model)
+    except ImportError as error:
+        pytest.skip(str(error))
+    step(model(input_ids=ids, labels=ids).loss)
+    for p, old, want in zip(model.parameters(), before, plain.parameters()):
+        change = (want - old).abs().max()
+        assert change > 1e-9
+        assert (p - want).abs().max() <= 1e-5 * change
 
 
 PRODUCT = shapes.Products("product", ((24, 40, 0),), 9, updated=True)
@@ -278,15 +311,15 @@ def test_a_sample_on_a_gpu_has_at_most_2000_calls(monkeypatch):
 def test_the_copy_beside_many_small_sets_is_made_once(monkeypatch):
     """Its tensors are as large as the largest case's, however small the others are."""
     made = []
-    monkeypatch.setattr(
-        timing, "copy_of", lambda where: timing.Rival("copy", "", 4, lambda _: made.append)
-    )
+    copy = timing.Rival("copy", "", 4, lambda _: made.append(1) or (lambda: None))
+    monkeypatch.setattr(timing, "copy_of", lambda where: copy)
     where = CPU._replace(cache=50_000)
     sets = []
     rival = timing.Rival("it", "", 4, lambda each: sets.append(each) or (lambda: None))
     found = list(timing.compare(where, MATRIX, [rival], seconds=0.0))
     assert [each.what for each, _ in found] == ["it", "copy"]
     assert len(sets) > 20
+    assert len(made) == 1
 
 
 def test_others_programs_are_not_captured():
