@@ -522,6 +522,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Takes the hooks off the model. `step()` then updates from `param.grad`, as in torch."""
         self._attached = False
         self._watch.release()
+        if self._leaves is not None:
+            self._leaves.remove()
 
     # -- what happened -----------------------------------------------------------------------------
 
