@@ -85,6 +85,10 @@ def test_llama_needs_what_is_planned(name, checkpointing):
 @pytest.mark.parametrize("name", ["lomo auto", "adalomo", "sgd", "adamw"])
 @pytest.mark.parametrize("model", ["tied", "gpt2", "mixtral"])
 def test_other_models_need_what_is_planned(model, name, checkpointing):
+    from transformers.integrations import moe
+
+    if model == "mixtral" and not hasattr(moe, "_grouped_mm_fallback_backward_fake"):
+        pytest.skip("backward of this transformers' experts reads values: no plan without them")
     job = as_job(name, checkpointing=checkpointing)
     agree(predict(CONFIGS[model], job), measured(CONFIGS[model], job))
 

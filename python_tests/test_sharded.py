@@ -1239,3 +1239,19 @@ def test_adalomo_needs_two_messages_where_gradients_wait(world, how):
         with ranks.Messages() as messages:
             optimizer.backward(model(batch(step, dist.get_rank())))
         assert len(messages.ours) == 3, messages.ours
+
+
+@ranks.on(2)
+def test_remove_leaves_the_model_as_it_was(world):
+    model = shards.sharded()
+
+    def hooks():
+        before = [len(module._forward_pre_hooks) for module in model.modules()]
+        return before, [type(p) for p in model.parameters()]
+
+    start = hooks()
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=CLIP)
+    optimizer.backward(model(batch(0)))
+    assert hooks() != start
+    optimizer.remove()
+    assert hooks() == start

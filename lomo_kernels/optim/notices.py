@@ -28,7 +28,7 @@ _DEEPSPEED = (
 )
 PARTIAL = (
     "{name} or its gradient has the placement {placement}, a reduction over ranks that is still to "
-    "be done and is no sum: redistribute it to Shard or Replicate in the model"
+    "be done and that an update cannot do: redistribute it to Shard or Replicate in the model"
 )
 COLUMNS = (
     "{name} has the placements {placements}, but the rule needs whole rows of a weight: shard its "

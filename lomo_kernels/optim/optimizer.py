@@ -420,11 +420,12 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self.scale(loss).backward()
                 if self._nothing_came():
                     self._refuse_if_unreachable(loss)
-        elif inputs := self._leaves_of(step.to_come) + step.others:
+        elif step.to_come or step.others:
             with self._own_backward():
                 # Where nothing waits it is a whole one, as if there had been no first.
-                limited = inputs if step.is_partial else None
-                torch.autograd.backward(self.scale(loss), inputs=limited)
+                limited = step.is_partial
+                inputs = self._leaves_of(step.to_come) + step.others if limited else None
+                torch.autograd.backward(self.scale(loss), inputs=inputs)
         self.step()
 
     @unwatched
@@ -521,6 +522,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Takes the hooks off the model. `step()` then updates from `param.grad`, as in torch."""
         self._attached = False
         self._watch.release()
+        if self._leaves is not None:
+            self._leaves.remove()
 
     # -- what happened -----------------------------------------------------------------------------
 

@@ -121,7 +121,7 @@ class Step:
         fate = self.fate(param) if fate is None else fate
         if fate is Fate.WAIT:
             self.scalars.on(grad.device)  # asks whether the loss was scaled
-            self.waiting.add(param, grad)
+            self.waiting.add(param, grad, all_wait=isinstance(self.keeps, Everything))
         elif id(param) in self.known:
             raise RuntimeError(
                 "the gradients of this step are known and wait: call fused_backward(loss, lr) or "

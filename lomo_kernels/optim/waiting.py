@@ -15,9 +15,10 @@ class Waiting(dict):
         super().__init__()
         self.nbytes = 0  # a bound: an input that several weights share counts for each of them
 
-    def add(self, param, grad):
+    def add(self, param, grad, all_wait=True):
+        """`all_wait`: whether the gradients beside this one wait as well."""
         grad = grad.detach() if grad.requires_grad else grad
-        if param.ndim < 2 and grad.untyped_storage().nbytes() > grad.nbytes:
+        if not all_wait and param.ndim < 2 and grad.untyped_storage().nbytes() > grad.nbytes:
             grad = grad.clone()  # of FSDP2 it is a view, and would keep the buffer of a whole unit
         gradient = self.get(id(param))
         if gradient is None:
