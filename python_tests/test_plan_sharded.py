@@ -121,12 +121,18 @@ def test_a_plan_with_offload_has_parameters_and_one_unit_on_the_host(world, name
     assert host.maxima["states"] == host.maxima["activations"] == 0
     for category in ("parameters", "gradients", "states"):
         assert planned.maxima[category] == 0
+    here = predict(LLAMA, job)
+    assert planned.maxima["activations"] == here.maxima["activations"]
     if world > 1:  # else nothing is sharded without offload
-        here = predict(LLAMA, job)
-        assert planned.maxima["activations"] == here.maxima["activations"]
         # Beside the units, the parts on their way from the host.
         more = planned.maxima["other"] - here.maxima["other"]
         assert -SMALL <= more <= largest_unit(parts)
+
+
+def test_what_comes_from_the_host_is_no_activation():
+    job = as_job(options=OPTIONS["unclipped"], units="fine", shards=1, batch=1, sequence=4)
+    offloaded = predict(LLAMA, replace(job, offload="cpu"))
+    assert offloaded.maxima["activations"] == predict(LLAMA, job).maxima["activations"]
 
 
 SMALL = 8192  # bytes of scalars, flags and messages
