@@ -16,6 +16,7 @@ import importlib
 import inspect
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 import traceback
@@ -53,21 +54,20 @@ def on(*worlds):
     return decorate
 
 
-def run(world, function, **arguments):
-    """Calls a function of a module on all ranks, with their number; -> what each returned."""
+def run(world, function, leaver=None, **arguments):
+    """Calls a function of a module on all ranks, with their number; -> what each returned. The
+    process of the rank `leaver` is ended once it has returned, and with it the pool."""
     if world not in _pools:
         _pools[world] = Pool(world)
     pool = _pools[world]
     try:
-        return pool.run(function, {"world": world, **arguments})
+        results = pool.run(function, {"world": world, **arguments}, leaver)
     except BaseException:
         _pools.pop(world).kill()
         raise
-
-
-def end(world):
-    """Ends the processes: their group is broken."""
-    _pools.pop(world).kill()
+    if leaver is not None:
+        _pools.pop(world).kill()
+    return results
 
 
 class Pool:
@@ -86,7 +86,7 @@ class Pool:
             self._pipes.append(here)
             self._processes.append(process)
 
-    def run(self, function, arguments):
+    def run(self, function, arguments, leaver):
         for pipe in self._pipes:
             pipe.send((function.__module__, function.__qualname__, arguments))
         results, failed, until = {}, None, time.monotonic() + LIMIT
@@ -102,6 +102,8 @@ class Pool:
                 except EOFError:
                     kind, value = "failed", "its process has ended"
                 results[rank] = value
+                if rank == leaver:
+                    self._processes[rank].kill()
                 if kind == "skipped":
                     pytest.skip(value)
                 if kind == "failed" and failed is None:
@@ -146,7 +148,11 @@ def _serve(rank, world, folder, pipe):
 
 
 def _outcome(module, name, arguments):
-    function = getattr(importlib.import_module(module), name)
+    if module not in sys.modules:
+        importlib.import_module(module)
+        gc.collect()
+        gc.freeze()  # else most of a test's time goes into looks at what imports have made
+    function = getattr(sys.modules[module], name)
     function = getattr(function, "__wrapped__", function)
     torch.manual_seed(0)
     try:
