@@ -112,7 +112,7 @@ def tests(real):
 def bench(name, only, out, real):
     jobs = " ".join(map(shlex.quote, only))
     command = f"python -m bench --out {shlex.quote(str(out))} --only {jobs}"
-    command += "" if real else " --fake-gpu --largest 4096"
+    command += "" if real else " --fake-gpu --largest 8192"
     return Step(name, command, 10_000, shown=60)
 
 

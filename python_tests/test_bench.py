@@ -21,6 +21,8 @@ from bench import (
     bench_product_update,
     bench_train_step,
     fake_gpu,
+    peers,
+    performance,
     plots,
     record,
     shapes,
@@ -208,7 +210,7 @@ def test_what_a_product_must_move_and_multiply():
     assert found["blocks, plain"].bytes == 4 * n + factors
     assert found["blocks, all, split"].bytes == 8 * n + factors
     assert {r.flops for r in found.values()} == {2 * 9 * n}
-    assert next(bench_product_update.jobs(CPU)).numel == 4096**2
+    assert next(bench_product_update.jobs(CPU._replace(largest=2**26))).numel == 4096**2
     whole = shapes.products_of("7B", bench_product_sumsq.MODELS["LLaMA-7B"], 512, 32)
     assert len(whole.matrices) == 7 * 32
     # 0.7 TFLOP in place of dW's 6.6: lefts of five matrices of 4096 and two of 11008, four inputs
@@ -577,3 +579,20 @@ def test_rows_of_another_folder_are_taken(tmp_path, monkeypatch, capsys):
     assert bench.main() == 0
     (found,) = record.load(here / "cpu.csv")
     assert (found["p50_us"], found["commit"]) == ("39", "abc")
+
+
+def test_published_figures_stand_beside_measured_ones_and_not_among_them(tmp_path):
+    """On a GPU most steps have no categories of memory."""
+    measured = row("train_step", peers.FORGE_CASE, "Lomo", "auto", 9e4, peak_bytes=str(2**34))
+    whole = {f"{name}_bytes": "1" for name in plots.CATEGORIES}
+    rows = [measured, {**measured, **whole, "what": "AdamW"}]
+    ((_, head, body),) = performance.train(rows)
+    assert {len(line) for line in body} == {len(head)}
+    assert body[0][3:] == ["0.090", "", "16.000", "", "", ""]
+    theirs = {tuple(line[1:4]): line[5] for line in body[2:]}
+    assert theirs["FORGE", "AdamW, as published, one H200", "0.110"] == "48.36 GB"
+    assert len(theirs) == len(peers.FORGE)
+    assert list(performance.train([])) == []
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    drawn = [path.name for path in plots.draw(rows, tmp_path)]
+    assert drawn == ["step_time.png", "memory.png"]

@@ -167,8 +167,15 @@ def test_results_go_to_the_folder_of_the_environment(monkeypatch):
 
 
 def test_a_dry_run_of_the_suite_walks_the_course_on_a_fake_gpu(tmp_path, monkeypatch, capsys):
-    """Its bench, by one job; the rest of the part is left out."""
-    monkeypatch.setattr(gpu_suite, "KERNEL_JOBS", ("grad_norm: LLaMA-7B norm 4096, bfloat16",))
+    """Its bench, by two jobs; the rest of the part is left out."""
+    monkeypatch.setattr(
+        gpu_suite,
+        "KERNEL_JOBS",
+        (
+            "grad_norm: LLaMA-65B norm 8192, bfloat16",
+            "product_update",
+        ),
+    )
     real = gpu_suite.steps
     monkeypatch.setattr(
         gpu_suite, "steps", lambda *args: {part: each[1:] for part, each in real(*args).items()}
