@@ -945,6 +945,19 @@ def sharded_parameters(model):
     return [(name, p) for name, p in model.named_parameters() if isinstance(p, DTensor)]
 
 
+@ranks.on(2)
+def test_the_step_after_an_error_in_backward_says_that_the_engine_is_broken(world):
+    model = shards.sharded()
+    optimizer = Lomo(model, lr=LR)
+    handle = fails_first(model)
+    with pytest.raises(RefusedError):
+        optimizer.backward(model(batch(0)))
+    handle.remove()
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="start again from a checkpoint"):
+        optimizer.backward(model(batch(0)))
+
+
 def fail_alone(world, fails, options):
     """Rank 1 fails and leaves; -> the kind of error, and the seconds until then."""
     model = shards.sharded()
