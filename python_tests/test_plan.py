@@ -93,6 +93,17 @@ def test_other_models_need_what_is_planned(model, name, checkpointing):
     agree(predict(CONFIGS[model], job), measured(CONFIGS[model], job))
 
 
+def test_a_model_that_looks_at_values_is_refused_in_one_sentence(monkeypatch):
+    from lomo_kernels.memory import optimizers
+
+    def looks(name, model, options):
+        return torch.optim.SGD(model.parameters()), lambda loss: loss.item()
+
+    monkeypatch.setattr(optimizers, "make", looks)
+    with pytest.raises(huggingface.ModelError, match="looks at the values of a tensor"):
+        predict(LLAMA, as_job("sgd"))
+
+
 # With which each optimizer steps all 30 layers; four of them with the others, which take long.
 WHOLE = dict(zip(OPTIMIZERS, [None, "non_reentrant", "reentrant"] * 2))
 

@@ -4,6 +4,7 @@ import contextlib
 from dataclasses import dataclass, replace
 
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from ..integrations import huggingface
 from ..integrations.sharding import shard
@@ -174,7 +175,13 @@ def traced(config, job, layers):
     offload, in host memory."""
     regions = layer_regions(layers)
     with _fake_model(config, job) as (model, device):
-        recorder = record(model, job, device)
+        try:
+            recorder = record(model, job, device)
+        except DataDependentOutputException as error:
+            raise huggingface.ModelError(
+                f"the model's code looks at the values of a tensor ({error.func}), and a plan has "
+                "none: take a newer transformers, whose experts do not"
+            ) from error
         host = None if job.offload is None else summarise(recorder, regions, "host")
         return summarise(recorder, regions), host
 
