@@ -7,9 +7,10 @@ takes time. `per_tensor_us` is a step's time beyond that of backward alone; on a
 the call returns. 291 and 723 tensors are LLaMA-7B's and -65B's, 18,000 those of a mixture of
 experts.
 
-Note [Launches]: on a GPU the kernels that the profiler sees in a step beyond backward's; on the CPU
-torch's operators and calls of our kernels. `host_reads` are the operators that bring a value to the
-host. On a GPU a step of ours also runs with torch's check for synchronizations set to raise.
+Note [Launches]: on a GPU the kernels that the profiler sees in a step beyond backward's; on the
+CPU, and where the profiler sees none, torch's operators and calls of our kernels. `host_reads` are
+the operators that bring a value to the host. On a GPU a step of ours also runs with torch's check
+for synchronizations set to raise.
 """
 
 import contextlib
@@ -157,10 +158,10 @@ def counts(where, step):
     """-> (launches, host reads) of a step; Note [Launches]."""
     with Counter() as counter, counting_calls(where.device, counter):
         step()
-    if not where.gpu:
+    activity = torch.profiler.ProfilerActivity.CUDA
+    if not where.gpu or activity not in torch.profiler.supported_activities():
         return counter.launches, counter.reads
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+    with torch.profiler.profile(activities=[activity], acc_events=True) as profile:
         step()
         torch.cuda.synchronize()
     on_device = torch.autograd.DeviceType.CUDA

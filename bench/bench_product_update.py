@@ -92,6 +92,9 @@ def jobs(where):
         )
         return suite.timed(rank, where, "product_update", case, rivals)
 
+    if square.numel > where.largest:  # to try every path
+        yield job(1, shapes.Case("small 64x48", ((64, 48),)), 32)
+        return
     # A product of 16-bit factors in fp32 is slow on a CPU: there it is told with few tokens.
     first, *more = (512, 2048, 8192) if where.gpu else (64,)
     for case in (square, large):

@@ -68,16 +68,17 @@ class Step(NamedTuple):
         return f"{self.name}, up to {self.seconds} s: {variables}{self.command}"
 
 
-def pytest(paths, cases, real):
-    """A command that runs these cases, or on a fake GPU finds them."""
+def pytest(paths, cases, real, seconds=100):
+    """A command that runs these cases, or on a fake GPU finds them. A session that takes too long
+    ends by itself, so that it tells what has failed until then."""
     command = "python -m pytest -q -p no:cacheprovider "
     if real:
         command += "-rfE --tb short --maxfail 40 --durations 5 "
         if importlib.util.find_spec("pytest_timeout"):
-            command += "--timeout 100 "
+            command += f"--timeout {seconds // 2} --session-timeout {seconds - 20} "
         if importlib.util.find_spec("xdist"):
             # Contexts and tensors past 2**31 elements share the GPU's memory.
-            command += f"-n {min(8, os.cpu_count() or 1)} "
+            command += f"-n {min(12, os.cpu_count() or 1)} "
     else:
         command += "-p bench.fake_gpu --collect-only "
     if cases:
@@ -91,9 +92,12 @@ def files(*names):
 
 def tests(real):
     table, products = files(*TABLE), files(*PRODUCTS)
-    yield Step("native", pytest(table + products, NATIVE, real), 120)
-    yield Step("triton", pytest([*table, *products, "test_formats.py"], TRITON, real), 150)
-    yield Step("gpu", pytest(OPTIMIZER, None, real), 100)
+    for name, paths, cases, seconds in (
+        ("native", table + products, NATIVE, 120),
+        ("triton", [*table, *products, "test_formats.py"], TRITON, 200),
+        ("gpu", OPTIMIZER, None, 100),
+    ):
+        yield Step(name, pytest(paths, cases, real, seconds), seconds)
     yield Step("touch", "python -m bench.touch", 90)  # Triton compiles, which sanitizers slow down
     if real and shutil.which("compute-sanitizer"):
         names = ",".join(f"kns={part}" for part in KERNELS)
@@ -108,7 +112,7 @@ def tests(real):
 def bench(name, only, out, real):
     jobs = " ".join(map(shlex.quote, only))
     command = f"python -m bench --out {shlex.quote(str(out))} --only {jobs}"
-    command += "" if real else " --fake-gpu --largest 4096"
+    command += "" if real else " --fake-gpu --largest 8192"
     return Step(name, command, 10_000, shown=60)
 
 
@@ -148,15 +152,16 @@ def run(step, log, seconds, variables):
 
 def last_lines(log, count):
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return [line[:160] for line in lines[-count:]]
+    return [line[:160] for line in lines[max(0, len(lines) - count) :]]
 
 
 class Report:
     """What came of the steps: in a folder of at most two levels and a handful of files, whole
     after each step, because nobody knows which is the last."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, real=True):
         self.folder, self.lines, self.failed = folder, [], []
+        self.where = "" if real else " on a fake GPU"
         self.logs = Path(tempfile.mkdtemp(prefix="gpu_suite_"))
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -178,8 +183,8 @@ class Report:
 
     def verdict(self):
         if not self.failed:
-            return "verdict: all went well"
-        return "verdict: not all went well: " + ", ".join(self.failed)
+            return f"verdict: all went well{self.where}"
+        return f"verdict: not all went well{self.where}: {', '.join(self.failed)}"
 
     def save(self):
         (self.folder / "summary.txt").write_text("\n".join([*self.lines, self.verdict()]) + "\n")
@@ -249,13 +254,13 @@ def main():
     options = asked.parse_args()
     if unknown := set(options.parts) - set(PARTS):
         asked.error(f"unknown part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
-    out, found = options.out.resolve(), architecture()
-    if found is None:
-        print("there is no GPU here: a fake one is walked through")
+    out, found = options.out.resolve(), None if options.dry_run else architecture()
+    if found is None and not options.dry_run:
+        print("torch sees no GPU here: a fake one is walked through")
     paths = [str(ROOT), unpacked(ROOT / "wheels"), os.environ.get("PYTHONPATH", "")]
     variables = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
-    report = Report(out)
-    listed = steps(options.parts or PARTS, None if options.dry_run else found, out)
+    report = Report(out, found is not None)
+    listed = steps(options.parts or PARTS, found, out)
     for part, mine in listed.items():
         run_part(part, mine, report, options.minutes, variables)
     print("\n".join([*report.lines, f"in {out}", report.verdict()]))

@@ -28,7 +28,8 @@ FIELDS = (
 
 ROOT = Path(__file__).parent.parent
 LEAST = 20  # seconds of a process: to start, to compile kernels, to tell something
-MOST = 150  # after which it hangs
+MOST = 240  # after which it hangs
+ENDED = "ended, the rows before are kept"
 
 
 class Job(NamedTuple):
@@ -63,14 +64,15 @@ def chosen(jobs, where, only=("",)):
 def run(jobs, where, minutes, path, apart=None, say=print):
     """Runs what fits into the budget; -> lines about the jobs that failed or had no time.
 
-    apart(job, seconds, limit) runs a job in another process; None: here.
+    apart(job, seconds, limit) runs a job in another process, which has failed where it is still
+    there after MOST seconds; None: here.
     """
     end = time.monotonic() + 60 * minutes
     left = []
     for i, job in enumerate(jobs):
         remaining = end - time.monotonic()
         if remaining <= (job.least if apart else 0):
-            left.append(f"no time for {job.name}")
+            left.append(f"no time: {job.name}")
             continue
         say(f"[{i + 1}/{len(jobs)}, {remaining:.0f} s left] {job.name}")
         # No job takes more than it can of what is left, and none more than it needs.
@@ -80,7 +82,8 @@ def run(jobs, where, minutes, path, apart=None, say=print):
         else:
             failure = run_one(job, seconds, path)
         if failure:
-            left.append(f"failed: {job.name}: {failure}")
+            failed = failure != ENDED or remaining > MOST
+            left.append(f"{'failed' if failed else 'no time'}: {job.name}: {failure}")
             say(left[-1])
         gc.collect()
     return left
@@ -108,7 +111,7 @@ def process(where, folder, *more):
         try:
             status = subprocess.run(command, cwd=ROOT, timeout=limit).returncode
         except subprocess.TimeoutExpired:
-            return f"ended after {limit:.0f} s; the rows before are kept"
+            return ENDED
         return f"exit {status}" if status else None
 
     return apart

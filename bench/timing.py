@@ -199,7 +199,7 @@ def compare(where, case, rivals, seconds):
         random.Random(round).shuffle(order)
         for i in order:
             samples[i].append(clocks[i].sample())
-    speed = record.clocks_while(clocks[order[-1]].sample) if order else ""
+    speed = record.clocks_while(clocks[max(clocks)].sample) if clocks else ""
     for i, rival in enumerate(rivals):
         if i in failed:
             yield rival, failed[i]

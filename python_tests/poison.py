@@ -1,6 +1,7 @@
 """Memory that nobody wrote reads as NaN, so that a missing write cannot pass by luck."""
 
 import torch
+from torch.utils._device import _device_constructors
 
 
 def poisoned(tensor):
@@ -10,6 +11,9 @@ def poisoned(tensor):
 
 
 def poison(monkeypatch):
+    # `with torch.device("meta")` notes at its first use which functions it is for, and these have
+    # to be torch's own: otherwise models that should take no memory take all of it.
+    _device_constructors()
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         _replace(monkeypatch, owner, name)
 

@@ -25,7 +25,7 @@ EVERYTHING = {
 }
 # Matrices around a tile's rows and columns, vectors around a tile, stacks, and what is empty.
 SHAPES = (
-    (), (5,), (0,), (300,), (1, 7), (7, 1), (3, 0), (0, 5), (64, 256), (70, 264), (5, 2, 3, 5),
+    (), (5,), (0,), (300,), (1, 290), (7, 1), (3, 0), (0, 5), (64, 256), (70, 264), (5, 2, 3, 5),
     (3, 65, 40),
 )  # fmt: skip
 SOME = ((), (300,), (1, 600), (70, 33), (5, 3, 7))  # small, of each kind

@@ -1,8 +1,10 @@
 """The benchmarks: rivals do the work that they are timed for, rows say what was measured."""
 
 import contextlib
+import copy
 import itertools
 import math
+import re
 import sys
 
 import pytest
@@ -19,6 +21,8 @@ from bench import (
     bench_product_update,
     bench_train_step,
     fake_gpu,
+    peers,
+    performance,
     plots,
     record,
     shapes,
@@ -126,6 +130,37 @@ def test_every_rival_makes_adalomo_s_update(what):
     torch.testing.assert_close(each.params, want.params, rtol=1e-4, atol=1e-6)
 
 
+STEPS = {**bench_train_step.STEPS, **bench_train_step.FORGE}
+# Those with a plain optimizer's rule in any dtype; others count in fp32, or by rules of their own.
+PLAIN = [key for key in STEPS if key[0] in ("Lomo", "SGD", "AdamW") and key[1] != "fp32 master"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("key", [*PLAIN, ("optimi", "SGD, gradient release")], ids=", ".join)
+def test_every_rival_makes_the_step(key):
+    """A small LLaMA in fp64, beside autograd's gradients and torch's plain optimizers."""
+    case = bench_train_step.Case(CPU, bench_train_step.SMALLEST, 32)
+    case.dtype = torch.float64  # a step is small
+    model, (what, options) = case.build(), key
+    ids = torch.randint(case.shape.vocabulary, (1, 32))
+    plain = copy.deepcopy(model)
+    plain(input_ids=ids, labels=ids).loss.backward()
+    if not re.search("unclipped|release|foreach|^fused$", options):
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+    kind = torch.optim.AdamW if "AdamW" in what + options else torch.optim.SGD
+    kind(plain.parameters(), lr=bench_train_step.LR, foreach=False).step()
+    before = [p.detach().clone() for p in model.parameters()]
+    try:
+        _, step = STEPS[key](model)
+    except ImportError as error:
+        pytest.skip(str(error))
+    step(model(input_ids=ids, labels=ids).loss)
+    for p, old, want in zip(model.parameters(), before, plain.parameters()):
+        change = (want - old).abs().max()
+        assert change > 1e-9
+        assert (p - want).abs().max() <= 1e-5 * change
+
+
 PRODUCT = shapes.Products("product", ((24, 40, 0),), 9, updated=True)
 LAYER = shapes.products_of("layer", bench_product_sumsq.Shape(16, 24, 2, 2, 1, 0), 7, 2)
 
@@ -175,7 +210,7 @@ def test_what_a_product_must_move_and_multiply():
     assert found["blocks, plain"].bytes == 4 * n + factors
     assert found["blocks, all, split"].bytes == 8 * n + factors
     assert {r.flops for r in found.values()} == {2 * 9 * n}
-    assert next(bench_product_update.jobs(CPU)).numel == 4096**2
+    assert next(bench_product_update.jobs(CPU._replace(largest=2**26))).numel == 4096**2
     whole = shapes.products_of("7B", bench_product_sumsq.MODELS["LLaMA-7B"], 512, 32)
     assert len(whole.matrices) == 7 * 32
     # 0.7 TFLOP in place of dW's 6.6: lefts of five matrices of 4096 and two of 11008, four inputs
@@ -278,15 +313,15 @@ def test_a_sample_on_a_gpu_has_at_most_2000_calls(monkeypatch):
 def test_the_copy_beside_many_small_sets_is_made_once(monkeypatch):
     """Its tensors are as large as the largest case's, however small the others are."""
     made = []
-    monkeypatch.setattr(
-        timing, "copy_of", lambda where: timing.Rival("copy", "", 4, lambda _: made.append)
-    )
+    copy = timing.Rival("copy", "", 4, lambda _: made.append(1) or (lambda: None))
+    monkeypatch.setattr(timing, "copy_of", lambda where: copy)
     where = CPU._replace(cache=50_000)
     sets = []
     rival = timing.Rival("it", "", 4, lambda each: sets.append(each) or (lambda: None))
     found = list(timing.compare(where, MATRIX, [rival], seconds=0.0))
     assert [each.what for each, _ in found] == ["it", "copy"]
     assert len(sets) > 20
+    assert len(made) == 1
 
 
 def test_others_programs_are_not_captured():
@@ -325,7 +360,7 @@ def test_jobs_run_by_rank_within_the_budget(tmp_path):
     assert [line.rpartition("] ")[2] for line in ran] == ["first", "second"]
     assert left == []
     late = suite.run(jobs, CPU, 0.0, tmp_path / "rows.csv")
-    assert late == ["no time for first", "no time for second"]
+    assert late == ["no time: first", "no time: second"]
     assert [job.name for job in suite.chosen([lambda _: listed], CPU, ["sec", "third"])] == [
         "second"
     ]
@@ -341,17 +376,28 @@ def test_a_job_has_a_process_and_needs_the_time_for_it(tmp_path):
     listed = [job(0, "fails"), job(0, "long")._replace(least=1000.0), job(0, "well")]
     left = suite.run(listed, CPU, 10.0, tmp_path / "rows.csv", apart, say=lambda line: None)
     assert began == [("fails", suite.MOST), ("well", suite.MOST)]
-    assert left == ["failed: fails: exit 1", "no time for long"]
-    began.clear()
-    suite.run(listed[2:], CPU, 0.5, tmp_path / "rows.csv", apart, say=lambda line: None)
-    assert 25 < began[0][1] < 30  # what is left
+    assert left == ["failed: fails: exit 1", "no time: long"]
+
+
+@pytest.mark.parametrize(("minutes", "what"), [(0.5, "no time"), (10.0, "failed")])
+def test_a_job_that_is_ended_has_failed_unless_the_budget_ended_it(tmp_path, minutes, what):
+    limits = []
+
+    def apart(job, seconds, limit):
+        limits.append(limit)
+        return suite.ENDED
+
+    listed = [job(0, "long")]
+    left = suite.run(listed, CPU, minutes, tmp_path / "rows.csv", apart, say=lambda line: None)
+    assert left == [f"{what}: long: {suite.ENDED}"]
+    assert limits[0] == pytest.approx(min(suite.MOST, 60 * minutes), abs=1)
 
 
 def test_a_process_that_dies_or_hangs_is_a_failure(tmp_path, capfd):
     apart = suite.process(CPU, tmp_path)
     assert apart(job(0, "no such job"), 0.1, 100) == "exit 1"
     assert capfd.readouterr().err == "no job 'no such job'\n"
-    assert apart(job(0, "hangs"), 0.1, 0.2) == "ended after 0 s; the rows before are kept"
+    assert apart(job(0, "hangs"), 0.1, 0.2) == suite.ENDED
 
 
 def test_rows_are_saved_as_they_are_made(tmp_path):
@@ -533,3 +579,20 @@ def test_rows_of_another_folder_are_taken(tmp_path, monkeypatch, capsys):
     assert bench.main() == 0
     (found,) = record.load(here / "cpu.csv")
     assert (found["p50_us"], found["commit"]) == ("39", "abc")
+
+
+def test_published_figures_stand_beside_measured_ones_and_not_among_them(tmp_path):
+    """On a GPU most steps have no categories of memory."""
+    measured = row("train_step", peers.FORGE_CASE, "Lomo", "auto", 9e4, peak_bytes=str(2**34))
+    whole = {f"{name}_bytes": "1" for name in plots.CATEGORIES}
+    rows = [measured, {**measured, **whole, "what": "AdamW"}]
+    ((_, head, body),) = performance.train(rows)
+    assert {len(line) for line in body} == {len(head)}
+    assert body[0][3:] == ["0.090", "", "16.000", "", "", ""]
+    theirs = {tuple(line[1:4]): line[5] for line in body[2:]}
+    assert theirs["FORGE", "AdamW, as published, one H200", "0.110"] == "48.36 GB"
+    assert len(theirs) == len(peers.FORGE)
+    assert list(performance.train([])) == []
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    drawn = [path.name for path in plots.draw(rows, tmp_path)]
+    assert drawn == ["step_time.png", "memory.png"]

@@ -17,6 +17,7 @@ pytest.importorskip("rich", reason="rich is not installed")
 
 from lomo_kernels import cli, finetune  # noqa: E402
 from lomo_kernels.finetune import checkpoint, data, scoring, wordnet  # noqa: E402
+from lomo_kernels.finetune.examples import Example  # noqa: E402
 from lomo_kernels.finetune.ranks import Ranks  # noqa: E402
 from lomo_kernels.integrations import huggingface  # noqa: E402
 from lomo_kernels.memory import HeldBytes, state_bytes  # noqa: E402
@@ -202,6 +203,23 @@ def test_the_likeliest_answer_is_that_of_running_each_answer_alone(tiny, questio
             assert value.item() == pytest.approx(want, abs=1e-5)
 
 
+def test_choices_of_any_number_and_length_share_their_prompt(tiny):
+    """The keys and values of a prompt are those of each of its answers, and of no other's."""
+    model, tokenizer = huggingface.load(tiny)
+    random = torch.Generator().manual_seed(1)
+
+    def ids(count):
+        return tuple(torch.randint(1, 250, (count,), generator=random).tolist())
+
+    shapes = [(3, (1, 4)), (7, (2, 2, 5)), (1, (1, 1)), (5, (3, 1, 2, 6))]
+    some = [Example(ids(n), (), choices=tuple(map(ids, lengths))) for n, lengths in shapes]
+    with torch.no_grad():
+        got = scoring.log_likelihoods(model.eval(), some, tokenizer.pad_token_id, "cpu")
+    for row, example in zip(got, some):
+        want = [len(c) * alone(model, example.prompt, c) for c in example.choices]
+        assert row.tolist() == pytest.approx(want, abs=1e-4)
+
+
 def test_comparison_measures_what_is_held(tiny, questions, tmp_path, capsys):
     """SGD holds every gradient, AdamW two states besides, LOMO by two backwards the largest
     gradient alone, by one what waits for the norm."""
@@ -331,7 +349,7 @@ GOOD = '{"prompt": "a", "completion": "b"}\n'
         (["--train", ("x.jsonl", '[1]')], "line 1: wanted an object, got '[1]'"),
         (["--train", ("x.jsonl", GOOD + '{"text": "b"}')], "line 2: prompt and completion before"),
         (["--train", ("x.jsonl", GOOD)], "x.jsonl has too few examples"),
-        (["--train", ("x.txt", "short")], "x.txt is too short"),
+        (["--train", ("x.txt", "short")], "x.txt is too short, or its"),
         (["--held-out", ("x.jsonl", GOOD)], "must be of one kind"),
         (["--lr", "-1"], "lr must be a number of at least 0, got -1.0"),
         (["--warmup", "2"], "warmup must be a fraction of the steps, 0 to 1, got 2.0"),

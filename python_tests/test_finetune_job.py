@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import resource
@@ -351,6 +352,25 @@ def test_a_dry_run_prints_the_plan_and_stops(tiny, questions, tmp_path, no_model
     assert not (tmp_path / "out").exists()
     assert run(*arguments[:4], "--autocast", "--norm", "tensor", "--dry-run") == 0
     assert "autocast keeps activations in half of it" in capsys.readouterr().out
+
+
+def test_a_dry_run_plans_what_each_process_has(tiny, questions, no_model, monkeypatch):
+    def planned(**options):
+        shown = io.StringIO()
+        settings = finetune.Settings(model=tiny, train=questions, **options)
+        return finetune.dry_run(settings, finetune.Display(shown)), shown.getvalue()
+
+    alone, _ = planned()
+    offloaded, shown = planned(offload=True)
+    size = memory_report.size(offloaded.host_peak)
+    assert f"host memory of each process: {size}" in shown
+    assert offloaded.host_peak >= alone.maxima["parameters"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    half, _ = planned()
+    assert (half.job.batch, half.job.shards) == (2, 2)
+    assert half.maxima["gradients"] < alone.maxima["gradients"]
+    _, shown = planned(tensor_parallel=2)
+    assert "the plan is without tensor_parallel" in shown
 
 
 # -- the folder ------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -256,6 +258,22 @@ def test_a_prompt_that_cannot_be_used(tmp_path, text, message):
         superglue.read("cb", release(tmp_path, "cb", many("cb", 3)), str(path))
 
 
+def test_the_page_has_the_prompts(tmp_path):
+    """docs/downstream.md: its table, and its own prompt for BoolQ."""
+    page = (Path(__file__).parent.parent / "docs" / "downstream.md").read_text()
+    listed = dict(re.findall(r"^\| `(\w+)` \| `(.+?)`", page, re.MULTILINE))
+    assert listed.keys() == superglue.TASKS.keys()
+    for name, prompt in listed.items():
+        want = superglue.TASKS[name].prompt.replace("{connective}", "so")
+        assert prompt.replace("\N{RETURN SYMBOL}", "\n") == want
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    path = tmp_path / "prompt.yaml"
+    path.write_text(block)
+    train, _ = superglue.read("boolq", release(tmp_path, "boolq", RELEASE["boolq"]), str(path))
+    prompt = "Sky -- It is blue.\nQuestion: is the sky blue?\nAnswer:"
+    assert (train[0].prompt, train[0].completion) == (prompt, " yes")
+
+
 # -- samples ---------------------------------------------------------------------------------------
 
 
@@ -321,13 +339,16 @@ def test_measures_of_superglue_by_hand():
         *[(None, r, c) for r, c in zip((0, 0, 0, 1, 1, 2), (0, 0, 2, 1, 2, 0))]
     )
     assert scoring.macro_f1(examples, chosen) == pytest.approx((4 / 6 + 2 / 3 + 0) / 3)
+    # an answer that was only chosen counts too
+    examples, chosen = answered((None, 0, 0), (None, 0, 2))
+    assert scoring.macro_f1(examples, chosen) == pytest.approx((2 / 3 + 0) / 2)
 
 
 def test_measures_are_scikit_learn_s():
     metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed")
     for seed in range(20):
         order = random.Random(seed)
-        rows = [(None, order.randrange(3), order.randrange(3)) for _ in range(12)]
+        rows = [(None, order.randrange(3), order.randrange(3)) for _ in range(2 + seed % 9)]
         examples, chosen = answered(*rows)
         right = [r for _, r, _ in rows]
         assert scoring.macro_f1(examples, chosen) == pytest.approx(
@@ -373,7 +394,7 @@ def test_mean_and_sum_choose_differently(tiny, tmp_path):
 
 
 def test_lm_evaluation_harness_gives_the_same_accuracy(tiny, tmp_path):
-    """Its acc ranks by the sum, acc_norm by letters: the first is reproduced to the question."""
+    """Its acc ranks by the sum, without an end token: every likelihood is the same."""
     models = pytest.importorskip("lm_eval.models.huggingface", reason="lm_eval is not installed")
     from lm_eval.api.instance import Instance
 

@@ -1,5 +1,6 @@
 """The suite of a machine with a GPU: its steps, what it brings back, its course on a fake one."""
 
+import functools
 import itertools
 import re
 import shlex
@@ -54,6 +55,7 @@ def test_the_suite_goes_on_after_a_failure_and_kills_what_hangs(tmp_path, capsys
     printed = capsys.readouterr().out
     assert "line 59\n  | line 60" in printed  # the last forty
     assert "line 58\n" not in printed
+    assert "  | 1\n" not in printed  # what went well is one line
     with tarfile.open(tmp_path / "logs.tar.gz") as archive:
         assert archive.extractfile("logs/tests_sees.log").read() == b"seen\n"
 
@@ -165,8 +167,15 @@ def test_results_go_to_the_folder_of_the_environment(monkeypatch):
 
 
 def test_a_dry_run_of_the_suite_walks_the_course_on_a_fake_gpu(tmp_path, monkeypatch, capsys):
-    """Its bench, by one job; the rest of the part is left out."""
-    monkeypatch.setattr(gpu_suite, "KERNEL_JOBS", ("grad_norm: LLaMA-7B norm 4096, bfloat16",))
+    """Its bench, by two jobs; the rest of the part is left out."""
+    monkeypatch.setattr(
+        gpu_suite,
+        "KERNEL_JOBS",
+        (
+            "grad_norm: LLaMA-65B norm 8192, bfloat16",
+            "product_update",
+        ),
+    )
     real = gpu_suite.steps
     monkeypatch.setattr(
         gpu_suite, "steps", lambda *args: {part: each[1:] for part, each in real(*args).items()}
@@ -181,7 +190,7 @@ def test_a_dry_run_of_the_suite_walks_the_course_on_a_fake_gpu(tmp_path, monkeyp
     assert {r["timed"] for r in rows} == {"graph", "events"}
     assert {r["device"] for r in rows} == {fake_gpu.NAME}
     printed = capsys.readouterr().out
-    assert printed.splitlines()[-1] == "verdict: all went well"
+    assert printed.splitlines()[-1] == "verdict: all went well on a fake GPU"
     assert "norm's pass over 180 M elements and more, of the copy rate" in printed
 
 
@@ -202,12 +211,23 @@ def test_the_build_by_cmake():
 
 
 def test_touch_runs_every_native_kernel(monkeypatch, capsys):
-    """Triton's are run by the table of backends; its interpreter takes minutes for these sizes."""
+    """Triton's are run by the table of backends; its interpreter takes minutes for these sizes, but
+    for those of products."""
     monkeypatch.setattr(touch, "backends", lambda device: ["native"])
     touch.main()
     printed = capsys.readouterr().out
     for name in ("updates", "norms", "decisions", "adalomo"):
         assert f"{name} of native on" in printed
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, under Triton's interpreter
+def test_touch_runs_triton_s_kernels_of_products():
+    if torch.cuda.is_available():
+        pytest.skip("a step of the suite, on a GPU")
+    check = functools.partial(touch.check, torch.device("cpu"), "triton")
+    touch.products(check, touch.FEW)
+    with pytest.raises(AssertionError, match="not close"):
+        touch.products(lambda *a, close, **k: check(*a, close=1e-9, **k), touch.FEW[1:])
 
 
 def wrong(param, grad, *, backend, lr):

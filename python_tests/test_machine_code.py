@@ -150,6 +150,7 @@ def test_instructions_for_an_element(pattern, record_property):
 def triton_kernels(*target):
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(HERE.parent)  # the package may be built in place, not installed
     result = subprocess.run(
         [sys.executable, HERE / "triton_machine_code.py", *target],
         capture_output=True, text=True, env=environment,

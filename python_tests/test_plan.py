@@ -7,7 +7,7 @@ import torch
 
 from lomo_kernels import cli
 from lomo_kernels.integrations import huggingface
-from lomo_kernels.memory import CATEGORIES, OPTIMIZERS
+from lomo_kernels.memory import CATEGORIES, OPTIMIZERS, report
 from lomo_kernels.memory.predict import Job, model_of, predict, record
 from lomo_kernels.memory.timeline import summarise, whole
 
@@ -85,6 +85,10 @@ def test_llama_needs_what_is_planned(name, checkpointing):
 @pytest.mark.parametrize("name", ["lomo auto", "adalomo", "sgd", "adamw"])
 @pytest.mark.parametrize("model", ["tied", "gpt2", "mixtral"])
 def test_other_models_need_what_is_planned(model, name, checkpointing):
+    from transformers.integrations import moe
+
+    if model == "mixtral" and not hasattr(moe, "_grouped_mm_fallback_backward_fake"):
+        pytest.skip("backward of this transformers' experts reads values: no plan without them")
     job = as_job(name, checkpointing=checkpointing)
     agree(predict(CONFIGS[model], job), measured(CONFIGS[model], job))
 
@@ -123,7 +127,9 @@ def run(*arguments):
         ["--rounding", "split", "--dtype", "bfloat16", "--clip-grad-norm", 0],
         ["--batch", 2, "--sequence", 16, "--checkpointing"],
         ["--attention", "eager", "--device", "cpu", "--checkpointing", "reentrant"],
-        ["--devices", 2, "--sharding", "fsdp2"],
+        ["--devices", 2, "--sharding", "fsdp2", "--strategy", "two_backward"],
+        ["--devices", 2, "--units", "fine", "--offload", "cpu", "--rounding", "split"],
+        ["--offload", "cpu"],
         ["--devices", 4, "--sharding", "zero3", "--optimizer", "adamw-master"],
         ["--device-memory", "1GiB", "--search", "sequence"],
     ],
@@ -146,6 +152,17 @@ def test_it_says_whether_it_fits_and_draws(config, tmp_path, capsys):
     assert "does not fit: " in capsys.readouterr().out
 
 
+def test_it_shows_host_memory(config, capsys):
+    assert run("--model", config, "--offload", "cpu", "--strategy", "two_backward") == 0
+    printed = capsys.readouterr().out
+    count = sum(
+        p.numel() for p in transformers.AutoModelForCausalLM.from_config(LLAMA).parameters()
+    )
+    assert "in host memory" in printed
+    assert report.size(2 * count) in printed
+    assert "of host memory" in printed.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -155,6 +172,11 @@ def test_it_says_whether_it_fits_and_draws(config, tmp_path, capsys):
         (["--batch", 0], "batch must be a whole number of at least 1, got 0"),
         (["--devices", 0], "devices must be a whole number of at least 1, got 0"),
         (["--sharding", "fsdp2"], "sharding 'fsdp2' needs devices of at least 2, got 1"),
+        (["--units", "fine"], "units 'fine' needs sharding 'fsdp2', got 'none'"),
+        (["--devices", 2, "--units", "coarse"], "units must be one of layer, fine, got 'coarse'"),
+        (["--offload", "nvme"], "offload must be one of None, cpu, got 'nvme'"),
+        (["--offload", "cpu", "--sharding", "none"], "offload 'cpu' needs sharding 'fsdp2'"),
+        (["--devices", 2, "--sharding", "zero3"], "lomo trains no parameters of DeepSpeed"),
         (["--device-memory", "much"], "device_memory must be bytes or a text such as 24GiB"),
         (["--search", "batch"], "the search for what fits needs device_memory, got none"),
     ],

@@ -67,6 +67,16 @@ def test_ci_runs_the_command_that_readme_gives():
     assert "requirements-test.txt" in (ROOT / ".ci" / "run").read_text()
 
 
+def test_the_other_pair_of_versions_has_one_command():
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    (command,) = (line for line in page.splitlines() if "requirements-test-2.11.txt" in line)
+    assert command.startswith("python3.12 -m venv .venv")
+    files = [(ROOT / f"requirements-test{pair}.txt").read_text() for pair in ("", "-2.11")]
+    names = [set(re.findall(r"^([\w-]+)==", text, re.MULTILINE)) for text in files]
+    assert names[1] < names[0]  # what the tests need; not the lint, nor what they can do without
+    assert {"torch", "triton", "pytest"} <= names[1]
+
+
 def test_the_script_runs(tmp_path, monkeypatch):
     """On a model of a few thousand parameters instead of the real one."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")

@@ -945,6 +945,19 @@ def sharded_parameters(model):
     return [(name, p) for name, p in model.named_parameters() if isinstance(p, DTensor)]
 
 
+@ranks.on(2)
+def test_the_step_after_an_error_in_backward_says_that_the_engine_is_broken(world):
+    model = shards.sharded()
+    optimizer = Lomo(model, lr=LR)
+    handle = fails_first(model)
+    with pytest.raises(RefusedError):
+        optimizer.backward(model(batch(0)))
+    handle.remove()
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="start again from a checkpoint"):
+        optimizer.backward(model(batch(0)))
+
+
 def fail_alone(world, fails, options):
     """Rank 1 fails and leaves; -> the kind of error, and the seconds until then."""
     model = shards.sharded()
@@ -1241,3 +1254,19 @@ def test_adalomo_needs_two_messages_where_gradients_wait(world, how):
         with ranks.Messages() as messages:
             optimizer.backward(model(batch(step, dist.get_rank())))
         assert len(messages.ours) == 3, messages.ours
+
+
+@ranks.on(2)
+def test_remove_leaves_the_model_as_it_was(world):
+    model = shards.sharded()
+
+    def hooks():
+        before = [len(module._forward_pre_hooks) for module in model.modules()]
+        return before, [type(p) for p in model.parameters()]
+
+    start = hooks()
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=CLIP)
+    optimizer.backward(model(batch(0)))
+    assert hooks() != start
+    optimizer.remove()
+    assert hooks() == start

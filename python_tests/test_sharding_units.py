@@ -77,6 +77,13 @@ def test_lists_in_layers_are_taken_apart(mesh):
 VIEWS = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view:UserWarning")
 
 
+def test_parts_of_a_layer_that_share_a_parameter_stay_together(mesh):
+    model = Odd()
+    first, second = model.layers[0].branches
+    second.weight = first.weight
+    assert "layers.0.branches.0" not in units_of(shard(model, mesh, units="fine"))
+
+
 @VIEWS
 @pytest.mark.parametrize("units", ["layer", "fine"])
 @pytest.mark.parametrize("offload", [False, True])

@@ -93,45 +93,60 @@ def load(settings, tokenizer):
 
 def tokenised(parts, settings, tokenizer):
     """The Data of `parts`."""
-    items = {"to train on": parts.train, "for validation": parts.validation}
-    items["held out"] = parts.held_out
+    items = {
+        "to train on": parts.train,
+        "for validation": parts.validation,
+        "held out": parts.held_out,
+    }
+    kind, measures, make = _maker(parts, settings, tokenizer)
     found, lines = {}, list(parts.lines)
-    measures = ("perplexity",)
-    if isinstance(parts.train[0], Text):
-        kind = f"pieces of {settings.length} tokens"
-        for part, texts in items.items():
-            found[part], left = tokens.pieces(texts, tokenizer, settings.length)
-            if left:
-                lines.append(f"the last {left} tokens {part} fill no piece and are left out")
-    else:
-        kind, choices = "conversations", None
-        if not isinstance(parts.train[0], Conversation):
-            kind, choices = "questions", _choices(parts)
-        if choices is not None:
-            measures = ("accuracy", *parts.measures)
-        items["held out"] = parts.held_out[: settings.eval_size]
-        for part, some in items.items():
-            fitting = tokens.Fitting(settings.length, settings.truncate, tokenizer.bos_token_id)
-            if kind == "questions":
-                scored = None if part == "to train on" else choices
-                found[part] = tokens.questions(some, tokenizer, fitting, scored)
-            else:
-                found[part] = tokens.conversations(some, tokenizer, fitting)
-            if (line := fitting.line(part)) is not None:
-                lines.append(line)
-    for part, examples in found.items():
-        if not examples and items[part]:
-            reason = (
-                f"is too short for {kind}" if kind.startswith("pieces") else "has none that fit"
+    for part, some in items.items():
+        found[part], line = make(some, part)
+        if line is not None:
+            lines.append(line)
+    for part, some in items.items():
+        if some and not found[part]:
+            raise DataError(
+                f"{parts.name} is too short, or its examples too long: none {part} is left; "
+                f"{'; '.join(lines)}"
             )
-            raise DataError(f"{parts.name} {reason}: no example {part} is left; {'; '.join(lines)}")
     train, validation, held_out = found.values()
-    if kind.startswith("pieces"):
-        validation, held_out = validation[: settings.eval_size], held_out[: settings.eval_size]
     aside = f", {len(validation)} for validation" if validation else ""
-    lines.insert(0, f"{parts.name}: {len(train)} {kind} to train on{aside}, {measures[0]} of "
-                    f"{len(held_out)} held out")  # fmt: skip
+    lines.insert(
+        0,
+        f"{parts.name}: {len(train)} {kind} to train on{aside}, {measures[0]} of "
+        f"{len(held_out)} held out",
+    )
     return Data(train, validation, held_out, measures, lines)
+
+
+def _maker(parts, settings, tokenizer):
+    """-> (what examples are called, the measures of their score, a function that makes those of a
+    part and says what is left out)."""
+    size, length, first = settings.eval_size, settings.length, parts.train[0]
+
+    def pieces(texts, part):
+        found, left = tokens.pieces(texts, tokenizer, length)
+        line = f"the last {left} tokens {part} fill no piece and are left out" if left else None
+        return (found if part == "to train on" else found[:size]), line
+
+    if isinstance(first, Text):
+        return f"pieces of {length} tokens", ("perplexity",), pieces
+    is_conversation = isinstance(first, Conversation)
+    choices = None if is_conversation else _choices(parts)
+
+    def fitted(items, part):
+        trains = part == "to train on"
+        items = items if trains else items[:size]
+        fitting = tokens.Fitting(length, settings.truncate, tokenizer.bos_token_id)
+        if is_conversation:
+            found = tokens.conversations(items, tokenizer, fitting)
+        else:
+            found = tokens.questions(items, tokenizer, fitting, None if trains else choices)
+        return found, fitting.line(part)
+
+    kind = "conversations" if is_conversation else "questions"
+    return kind, ("perplexity",) if choices is None else ("accuracy", *parts.measures), fitted
 
 
 def _choices(parts):

@@ -1,5 +1,7 @@
 """What a run would do and need, without its weights."""
 
+import os
+
 from .. import memory
 from ..integrations import huggingface
 from . import data, stepping
@@ -26,17 +28,25 @@ def dry_run(settings, display):
         f"{steps} steps of {together} examples, {per_epoch} a pass; {sum(sizes):,} tokens a pass, "
         f"{trained:,} of them trained; the longest example has {max(sizes):,}"
     )
+    processes = int(os.environ.get("WORLD_SIZE", 1)) // settings.tensor_parallel
     clips = settings.clip_grad_norm if settings.norm == "global" else None
     plan = memory.plan(
         huggingface.load_config(settings.model),
         optimizer=settings.optimizer, clip_grad_norm=clips, strategy=settings.strategy,
-        rounding=settings.rounding, dtype=settings.dtype, batch=settings.batch_size,
-        sequence=max(sizes), checkpointing="non_reentrant" if settings.checkpointing else None,
-        device="cpu" if settings.device == "cpu" else "cuda",
+        rounding=settings.rounding, dtype=settings.dtype,
+        batch=-(-settings.batch_size // processes), sequence=max(sizes),
+        checkpointing="non_reentrant" if settings.checkpointing else None,
+        device="cpu" if settings.device == "cpu" and not settings.offload else "cuda",
+        devices=processes, sharding=settings.sharding, offload="cpu" if settings.offload else None,
     )  # fmt: skip
     size = memory.report.size
     kinds = ", ".join(f"{name} {size(count)}" for name, count in plan.maxima.items())
     display.say(f"memory of a step, the most of each kind: {kinds}; together {size(plan.peak)}")
+    if plan.host_peak is not None:
+        display.say(f"host memory of each process: {size(plan.host_peak)}")
+    if settings.tensor_parallel > 1:
+        display.say("the plan is without tensor_parallel, which takes a part of the parameters and "
+                    "of what their gradients and states need")  # fmt: skip
     if settings.autocast:
         display.say("the plan is for float32 throughout: autocast keeps activations in half of it")
     if settings.gradient_accumulation > 1:

@@ -201,8 +201,8 @@ class Watch:
         while not self._over.wait(self.PERIOD):
             try:
                 failed = store.check([self._key])
-            except RuntimeError:
-                failed = True
+            except RuntimeError:  # the process that has the store has come to its end
+                return
             if failed and not self._over.is_set():
                 os._exit(1)
 

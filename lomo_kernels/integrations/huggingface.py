@@ -121,7 +121,6 @@ def spread(model, group, mesh, *, checkpointing=False, offload=False):
     parts.generation_config = generation
     shard(parts, mesh, offload=offload)
     parts.to_empty(device="cpu" if offload else mesh.device_type)
-    parts.tie_weights()  # each module has got a parameter of its own
     for name, buffer in parts.named_buffers():
         buffer.copy_(buffers[name])
     set_model_state_dict(

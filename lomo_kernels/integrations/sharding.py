@@ -25,7 +25,8 @@ def shard(model, mesh, *, units="layer", offload=False, mp_policy=None):
             in backward: the least memory, in more and smaller messages that less of the arithmetic
             hides. Modules that become units must be called, not only their weights be used.
         offload: parameters, gradients and states live in host memory, and the optimizer's update
-            runs there; needs torch 2.13.
+            runs there; needs torch 2.13. Beside a GPU that memory is pinned: see docs/sharding.md
+            for the setting without which torch rounds each block up to a power of two.
         mp_policy: a MixedPrecisionPolicy; its `output_dtype` is that of the model, not of units
             inside of it, between which everything is in `param_dtype`.
 

@@ -77,7 +77,8 @@ class Plan:
             text = f"{report.size(abs(self.margin))} of {report.size(self.device_memory)}"
             text = f"fits, {text} to spare" if self.fits else f"does not fit: {text} missing"
         if self.host_peak is not None:
-            text += f"; {report.size(self.host_peak)} of host memory for each device"
+            text += f"; {report.size(self.host_peak)} of host memory"
+            text += " for each device" if self.job.shards > 1 else ""
         for name, most in (("batch", self.largest_batch), ("sequence", self.largest_sequence)):
             if most is not None:
                 text += f"; largest {name} {most}" if most else f"; no {name} fits"

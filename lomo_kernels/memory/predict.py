@@ -10,6 +10,7 @@ from ..integrations.sharding import shard
 from ..optim.choosing import Waits, chosen, default_budget
 from . import optimizers, sharded
 from .fake import fake_step
+from .held import state_bytes
 from .recorder import Recorder
 from .timeline import extended, layer_regions, summarise
 
@@ -182,10 +183,10 @@ def record(model, job, device=None):
     """The Recorder of a step of a model, fake or real, that begins with its states in place."""
     optimizer, step = optimizers.make(job.optimizer, model, dict(job.options))
     while True:
-        had_states = bool(optimizer.state)
+        before = state_bytes(optimizer)
         with Recorder(model, optimizer, device) as recorder:
             step(loss_of(model, job, device))
-        if had_states or not optimizer.state:
+        if state_bytes(optimizer) == before:
             return recorder
 
 

@@ -183,8 +183,6 @@ class Recorder(TorchDispatchMode):
 
     def _see_storage(self, storage, category, home):
         key, size = storage._cdata, self._bytes(storage)
-        if key in self._ids and self._references[key]() is not storage:
-            self._gone(key)  # another thread has freed it, and its address is in use again
         index = self._ids.get(key)
         if index is None:
             if category is None and torch._C._current_graph_task_id() != -1:

@@ -51,6 +51,10 @@ FOREIGN_LEAVES = (
     "the loss depends on tensors that are not the optimizer's, and two backwards would give them "
     "their gradients twice: make the optimizer from the module, or take strategy='one_backward'"
 )
+BROKEN_ENGINE = (
+    "{name} has no gradient any more: an error ended a backward, after which fully_shard reduces "
+    "nothing of that unit; start again from a checkpoint, with a new model and optimizer"
+)
 REPLACED_LATE = (
     "the parameters of the optimizer were replaced after its first step: make a new optimizer, and "
     "load its state_dict"

@@ -68,6 +68,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._names, self._module = {}, lambda: None
         self.ranks = self._leaves = None  # where a parameter is sharded
         self._holding = self._announced = self._taken_over = False
+        self._failed = False  # whether an error ended a backward of a sharded model
         self._watch = Watch(self)
         self.told = notices.Told()
         self._reached = False  # whether a backward has ever reached a parameter
@@ -463,9 +464,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             self.told.warn(notices.NOTHING)
 
     def _refuse_replaced(self, params):
-        if (module := self._module()) is not None:
-            names = [self._names[id(p)] for p in params if id(p) in self._names]
-            notices.refuse_replaced(module, names, self.numbers)
+        if (module := self._module()) is None:
+            return
+        names = [self._names[id(p)] for p in params if id(p) in self._names]
+        gathered = set() if self._leaves is None else self._leaves.ids()
+        notices.refuse_replaced(module, names, self.numbers.keys() | gathered)
+        if self._failed and (left := self._leaves.left_in(module, names)):
+            raise RuntimeError(notices.BROKEN_ENGINE.format(name=left[0]))
 
     def _refuse_if_taken_over(self):
         if self._taken_over:
@@ -478,6 +483,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         try:
             yield
         except BaseException:
+            self._failed = self._leaves is not None
             self._drop()
             raise
         finally:
@@ -522,6 +528,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Takes the hooks off the model. `step()` then updates from `param.grad`, as in torch."""
         self._attached = False
         self._watch.release()
+        if self._leaves is not None:
+            self._leaves.remove()
 
     # -- what happened -----------------------------------------------------------------------------
 

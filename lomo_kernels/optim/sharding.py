@@ -301,6 +301,14 @@ class Leaves:
         """Whether the leaf of each parameter is known."""
         return len(self.of(params)) == len(params)
 
+    def ids(self):
+        return {id(leaf) for leaf in self._found.values()}
+
+    def left_in(self, module, names):
+        """Names under which the module has a leaf in the place of the sharded parameter."""
+        now, ids = dict(module.named_parameters(remove_duplicate=False)), self.ids()
+        return [name for name in names if name in now and id(now[name]) in ids]
+
     def used(self):
         """Ids of the parameters in the order of their first use in this step."""
         return list(self._order)
