@@ -48,8 +48,11 @@ def train(model, optimizer, steps, alike=True):
 
 def counters(optimizer):
     """What a step goes on from, beside tensors."""
-    ours = optimizer.defaults  # torch adds keys of its own when it loads
-    groups = [{k: v for k, v in g.items() if k in ours} for g in optimizer.param_groups]
+    not_ours = ("params", "differentiable")  # which torch adds when it loads
+    groups = [
+        {k: list(v) if isinstance(v, tuple) else v for k, v in g.items() if k not in not_ours}
+        for g in optimizer.param_groups
+    ]
     return groups, optimizer.loss_scale
 
 
