@@ -1,9 +1,5 @@
 """The committed rows of bench.memory: the paper's Table 1, and which model fits which card."""
 
-import fcntl
-import tempfile
-from pathlib import Path
-
 import pytest
 
 from lomo_kernels.memory import CATEGORIES, plan
@@ -11,15 +7,6 @@ from lomo_kernels.memory import CATEGORIES, plan
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 from bench import memory, record
-
-
-@pytest.fixture(autouse=True)
-def one_at_a_time():
-    """A plan here takes up to 13 GB: two processes of the suite must not make one each."""
-    with open(Path(tempfile.gettempdir()) / "lomo_kernels_memory_tables.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
 
 ROWS = record.read("table1")
 CARDS = record.read("cards")
