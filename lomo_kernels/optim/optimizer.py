@@ -24,9 +24,15 @@ logger = logging.getLogger("lomo_kernels")
 
 class _State(defaultdict):
     """The state of all parameters. It is never false: where torch.distributed.checkpoint finds no
-    state it makes a step of gradients that are zero, to have some."""
+    state it makes a step of gradients that are zero, to have some. The question makes the state in
+    place of that step, for all the rest of torch.distributed.checkpoint looks at it."""
+
+    def __init__(self, optimizer, state=()):
+        super().__init__(dict, state)
+        self._make = weakref.WeakMethod(optimizer._make_states)
 
     def __bool__(self):
+        self._make()()
         return True
 
 
@@ -83,7 +89,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._names = {id(p): name for name, p in model_or_params.named_parameters()}
             model_or_params = model_or_params.parameters()
         super().__init__(model_or_params, {**defaults, "step": 0})
-        self.state = _State(dict)
+        self.state = _State(self)
         self._look_for_shards()
         self.scalars = self._new_scalars()
         self._step = self._new_step()
@@ -259,10 +265,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         collective moves int16.
         """
         self._adopt()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.requires_grad:
-                    self.make_state(param, group)
+        self._make_states()
         state = super().state_dict()
         for index, param in enumerate(self._params()):
             if param in self.state:
@@ -275,6 +278,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             for group in state["param_groups"]:  # torch.distributed.checkpoint keeps these alone
                 group["loss_scale"] = dict(state["loss_scale"])
         return state
+
+    @unwatched
+    def _make_states(self):
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.requires_grad:
+                    self.make_state(param, group)
 
     def _saved(self, name, value, param):
         if name == "low":
@@ -303,7 +313,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self.state = _State(dict, self.state)
+        self.state = _State(self, self.state)
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)

@@ -243,13 +243,14 @@ class Step:
                 together[group, gradient.device, param.dtype] += gradient.pieces()
             else:
                 self.apply(gradient)
-        self._update(
-            [
-                (pieces, scalars, scalars.clip_coef)
-                for (_, device, _), pieces in together.items()
-                for scalars in [self.scalars.on(device)]
-            ]
-        )
+        if together:
+            self._update(
+                [
+                    (pieces, scalars, scalars.clip_coef)
+                    for (_, device, _), pieces in together.items()
+                    for scalars in [self.scalars.on(device)]
+                ]
+            )
 
     def apply(self, gradient):
         if torch.is_grad_enabled():  # a backward with create_graph; the context costs microseconds
