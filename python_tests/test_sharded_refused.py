@@ -10,7 +10,7 @@ from shards import CLIP, LR, batch, check_close, check_moved, check_still, whole
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from lomo_kernels import AdaLomo, Lomo
@@ -46,10 +46,20 @@ def by_loop(optimizer, loss):
 
 
 @ranks.on(2)
-@pytest.mark.parametrize("drive", [by_backward, by_lomo_optim_s_calls, by_loop])
 @OPTIONS
 @KINDS
-def test_an_optimizer_made_before_the_model_was_sharded(world, kind, options, drive):
+def test_an_optimizer_made_before_the_model_was_sharded(world, kind, options):
+    check_made_before(kind, options, by_backward)
+
+
+@ranks.on(2)
+@pytest.mark.parametrize("drive", [by_lomo_optim_s_calls, by_loop])
+@pytest.mark.parametrize("options", [{}, {"clip_grad_norm": CLIP}], ids=["plain", "auto"])
+def test_other_drivers_of_an_optimizer_made_before(world, options, drive):
+    check_made_before(Lomo, options, drive)
+
+
+def check_made_before(kind, options, drive):
     model = shards.build()
     optimizer = kind(model, LR, loss_scale=None, **options)
     shards.shard(model)
@@ -141,13 +151,12 @@ def with_ignored():
 
 @ranks.on(2)
 @KINDS
-@OPTIONS
-def test_trainable_parameters_that_the_engine_ignores(world, kind, options):
+def test_trainable_parameters_that_the_engine_ignores(world, kind):
     """Nobody reduces their gradients, so that they would become others on every rank."""
     model = with_ignored()
     start = whole(model)
     with pytest.raises((TypeError, RuntimeError, ValueError), match=r"score\.weight") as refused:
-        kind(model, LR, **options)
+        kind(model, LR)
     assert "freeze it" in str(refused.value)
     check_still(start, whole(model))
 
@@ -210,24 +219,21 @@ def test_a_gradient_that_is_no_sum_of_ranks(world, options):
 
 
 @ranks.on(2)
-@OPTIONS
 @pytest.mark.parametrize("engine", ["fully_shard", "tensor parallel"])
-def test_adalomo_needs_whole_rows(world, engine, options):
+def test_adalomo_needs_whole_rows(world, engine):
     model = shards.build()
     if engine == "fully_shard":
         shards.shard(
             model, shard_placement_fn=lambda p: Shard(1 if tuple(p.shape) == (30, 16) else 0)
         )
     else:
-        from torch.distributed.tensor.parallel import RowwiseParallel
-
         parallelize_module(model.blocks[0], ranks.mesh(world), {"down": RowwiseParallel()})
     start = whole(model)
     with pytest.raises(TypeError, match=r"blocks\.0\..*rows.*Lomo") as refused:
-        AdaLomo(model, LR, **options)
+        AdaLomo(model, LR)
     assert "\n" not in str(refused.value)
     check_still(start, whole(model))
-    Lomo(model, LR, **options)
+    Lomo(model, LR)
 
 
 # -- offload and older versions --------------------------------------------------------------------
