@@ -454,7 +454,12 @@ def test_ctrl_c_while_loading_is_one_sentence(tiny, questions, tmp_path, capsys,
     arguments = ["--model", tiny, "--train", questions, "--steps", 1, "--out", tmp_path]
     with monkeypatch.context() as patched:
         patched.setattr(huggingface, "load_model", interrupted)
-        assert run(*arguments) == 130
+        # processes of pytest-xdist ignore the signal
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            assert run(*arguments) == 130
+        finally:
+            signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "lomo-kernels: stopped; what is in --out is whole\n"
     assert run(*arguments) == 0
 
