@@ -676,6 +676,30 @@ def test_an_overflow_without_a_global_norm_never_gets_into_weights(world, kind, 
     check_moved(after, whole(model))
 
 
+@ranks.on(2, 4)
+@pytest.mark.parametrize("value", [math.inf, math.nan], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_norm_of_its_own_stops_a_tensor_on_all_ranks_or_on_none(world, kind, value):
+    cls, lr = KINDS[kind]
+    model = shards.sharded()
+    optimizer = cls(model, lr, **CLIPS["tensor norm"], weight_decay=0.1)
+    before = {name: local(p).detach().clone() for name, p in model.named_parameters()}
+    step_spoiled(optimizer, model, 0, value=value)
+    assert optimizer.last_step_skipped
+    moved = {
+        name: not torch.equal(local(p), before[name])
+        for name, p in model.named_parameters()
+        if local(p).numel()
+    }
+    together = {}
+    for of_rank in ranks.everywhere(moved):
+        for name, value in of_rank.items():
+            together.setdefault(name, set()).add(value)
+    assert {len(values) for values in together.values()} == {1}, together
+    assert together["embedding.weight"] == {False}
+    assert {True} in together.values()
+
+
 @ranks.on(2)
 @pytest.mark.parametrize("drive", DRIVERS)
 @pytest.mark.parametrize("how", ["plain", "tensor norm", "one_backward"])
