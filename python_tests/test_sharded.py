@@ -16,6 +16,7 @@ from shards import (
     CLIP,
     LR,
     VOCABULARY,
+    WIDTH,
     batch,
     check_close,
     check_moved,
@@ -340,6 +341,40 @@ def test_one_unit_alone(world, how):
         optimizer.backward(model(batch(step, dist.get_rank())))
     check_moved(start, whole(model))
     check_close(whole(model), want, 1e-7)
+
+
+def llama():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=30, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, use_cache=False, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        return transformers.LlamaForCausalLM(config)
+
+
+@ranks.on(2)
+@pytest.mark.parametrize("how", [*FEW, "two_backward"])
+def test_a_llama_of_transformers(world, how):
+    model, twin = llama(), llama()
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=ranks.mesh(world))
+    fully_shard(model, mesh=ranks.mesh(world))
+    optimizer, start = Lomo(model, lr=LR, **HOW[how]), whole(model)
+    sgd = torch.optim.SGD(twin.parameters(), lr=LR)
+    model.train()
+    for step in range(2):
+        ids = batch(step, dist.get_rank())
+        optimizer.backward(model(input_ids=ids, labels=ids).loss)
+        for rank in range(world):
+            ids = batch(step, rank)
+            (twin(input_ids=ids, labels=ids).loss / world).backward()
+        shards.clip(twin.parameters(), **torch_s(HOW[how]))
+        sgd.step()
+        sgd.zero_grad()
+    check_moved(start, whole(model))
+    check_close(whole(model), whole(twin), 1e-7)
 
 
 @ranks.on(2)

@@ -60,7 +60,7 @@ def states(optimizer):
     """This rank's part of the state of every parameter, copied."""
     found = {}
     for index, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        for name, value in optimizer.state[p].items():
+        for name, value in optimizer.state.get(p, {}).items():  # which makes nothing
             if isinstance(value, torch.Tensor):
                 value = value.to_local() if isinstance(value, DTensor) else value
                 found[f"{index}.{name}"] = value.clone()
