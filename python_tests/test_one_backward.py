@@ -977,6 +977,12 @@ class Calls:
         monkeypatch.setattr(ops, "product_update_", product_update_)
 
 
+def norm_by_torch():
+    model = models.build(width=WIDTH)
+    models.loss_of(model, 0).backward()
+    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
+
+
 def matrices_of(model):
     return {id(p) for p in model.parameters() if p.ndim == 2}
 
@@ -992,6 +998,7 @@ def test_one_call_measures_all_that_waits_and_one_updates_each_weight(monkeypatc
     assert len(cheaper) > 2
     assert calls.measured == [len(cheaper)]
     assert sorted(map(id, calls.updated)) == sorted(matrices)
+    assert optimizer.last_grad_norm == pytest.approx(norm_by_torch(), rel=1e-6)
 
 
 @pytest.mark.parametrize("strategy", ["immediate", "two_backward"])
@@ -1007,6 +1014,7 @@ def test_in_backward_weights_are_updated_and_measured_one_by_one(strategy, monke
     else:
         assert set(calls.measured) == {1}
         assert calls.updated == []
+        assert optimizer.last_grad_norm == pytest.approx(norm_by_torch(), rel=1e-6)
 
 
 def test_every_option_reaches_an_update_of_factors():

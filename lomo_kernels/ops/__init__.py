@@ -19,6 +19,7 @@ from .adalomo import (
 from .adalomo_parts import AdalomoParts
 from .backends import BACKENDS, build_info, pick_backend, unavailable
 from .checks import DTYPES, ROUNDINGS
+from .lists import scatter_
 from .product_sumsq import gram_is_cheaper, product_sumsq_
 from .product_update import product_update_
 
@@ -205,18 +206,8 @@ def grad_sumsq_(sumsq, grad, *, inv_scale=None, found_inf=None, backend="auto"):
         out = flat if len(rows) == len(grads) else flat.new_empty(len(rows))
         run(out, group, inv_scale=inv_scale, found_inf=found_inf)
         if out is not flat:
-            _scatter(flat, places, out)
+            scatter_(flat, places, out)
     torch.autograd.graph.increment_version(sumsq)
-
-
-def _scatter(flat, places, values):
-    """flat[places] = values, without a list of indices on its way to the device: it would wait."""
-    start = 0
-    for end in range(1, len(places) + 1):
-        if end == len(places) or places[end] != places[end - 1] + 1:
-            first = places[start]
-            flat[first : first + end - start].copy_(values[start:end])
-            start = end
 
 
 def decide_(

@@ -4,6 +4,7 @@ import torch
 
 from . import checks, factors
 from .backends import pick_backend, unavailable
+from .lists import scatter_
 
 TILE = 128  # tokens of a tile of a Gram matrix
 # Through torch a tile costs several launches; on a GPU only embeddings go there, few of them.
@@ -83,9 +84,8 @@ def product_sumsq_(sumsq, magnitude, products, *, inv_scale=None, found_inf=None
         totals = _gram_sums(group)
         if inv_scale is not None:
             totals *= inv_scale.double().square()
-        for place, total in zip(places, totals):
-            sumsq.view(-1)[place].copy_(total[0])
-            magnitude.view(-1)[place].copy_(total[1])
+        scatter_(sumsq.view(-1), places, totals[:, 0])
+        scatter_(magnitude.view(-1), places, totals[:, 1])
         if found_inf is not None:
             found_inf.masked_fill_(~totals[:, 0].isfinite().all(), 1.0)
     for each in launches.values():

@@ -6,20 +6,23 @@ from collections import defaultdict
 import torch
 
 from .. import ops
+from ..ops.lists import scatter_
 
 
 class Norms:
     """One squared norm for each parameter, 0 without a gradient; one tensor on each device."""
 
-    def __init__(self, count, scalars, cancellation, backend):
-        self._count, self._scalars = count, scalars
+    def __init__(self, numbers, scalars, cancellation, backend):
+        self._numbers, self._scalars = numbers, scalars
         self._cancellation, self._backend = cancellation, backend
         self._slots = {}
 
     def slots(self, device, first, count=1):
         """Those of parameters with neighbouring numbers."""
         if device not in self._slots:
-            self._slots[device] = torch.zeros(self._count, device=device, dtype=self._scalars.dtype)
+            self._slots[device] = torch.zeros(
+                len(self._numbers), device=device, dtype=self._scalars.dtype
+            )
         return self._slots[device][first : first + count]
 
     def tensors(self):
@@ -60,21 +63,19 @@ class Norms:
                 devices[gradient.device].append((number, gradient))
         measured = set()
         for device, group in devices.items():
-            numbers, gradients = zip(*group)
-            # slots of their own, since the numbers may lie anywhere
-            sumsq, magnitude = torch.empty(
-                2, len(group), device=device, dtype=self._scalars.dtype
-            ).unbind()
-            scalars = self._scalars.on(device)
+            numbers, gradients = zip(*sorted(group, key=lambda each: each[0]))
+            first = numbers[0]
+            slots = self.slots(device, first, numbers[-1] - first + 1)
+            are_neighbours = len(slots) == len(numbers)
+            sumsq = slots if are_neighbours else slots.new_empty(len(numbers))
+            magnitude, scalars = torch.empty_like(sumsq), self._scalars.on(device)
             ops.product_sumsq_(
                 sumsq, magnitude, [gradient.pairs for gradient in gradients],
                 inv_scale=scalars.inv_scale, found_inf=scalars.skip, backend=self._backend,
             )  # fmt: skip
-            trusted = self._cancellation.note(numbers, sumsq, magnitude)
-            for place, number in enumerate(numbers):
-                if number in trusted:
-                    self.slots(device, number).copy_(sumsq[place : place + 1])
-            measured |= trusted
+            if not are_neighbours:
+                scatter_(slots, [number - first for number in numbers], sumsq)
+            measured |= self._cancellation.note(numbers, sumsq, magnitude)
         return measured
 
     def measure_tensors(self, numbered):

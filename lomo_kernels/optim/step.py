@@ -66,7 +66,7 @@ class Step:
         self.formed = notices.Formed()
         self.scalars = optimizer.scalars
         self.norms = Norms(
-            len(optimizer.numbers), self.scalars, optimizer.cancellation, optimizer.backend_name
+            optimizer.numbers, self.scalars, optimizer.cancellation, optimizer.backend_name
         )
         self.grad_norm = self.report = None
         self.products = Counter()  # "immediate": whether in backward -> how many weights

@@ -1,0 +1,14 @@
+"""What operations on lists of tensors share."""
+
+
+def scatter_(flat, places, values):
+    """flat[places] = values, without a list of indices on its way to the device: it would wait.
+
+    places: ascending; neighbours are copied together.
+    """
+    start = 0
+    for end in range(1, len(places) + 1):
+        if end == len(places) or places[end] != places[end - 1] + 1:
+            first = places[start]
+            flat[first : first + end - start].copy_(values[start:end])
+            start = end
