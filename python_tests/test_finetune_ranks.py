@@ -172,9 +172,25 @@ def test_weighted_means_of_the_ranks_are_the_mean_over_all_tokens(parts):
         labels = batch_of(examples, 0, "cpu")["labels"][:, 1:] >= 0
         return (labels * gradient[: labels.shape[1]]).sum() / labels.sum()
 
-    some = [Place(part, parts).of_batch(rows, 0) for part in range(parts)]
+    some = [Place(part, parts).of_batch(rows) for part in range(parts)]
     got = sum(mean(mine) * (parts * tokens / every) for mine, tokens, every in some) / parts
     assert got.item() == pytest.approx(mean(rows).item(), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("example", "count"),
+    [
+        (Example((1, 2), (3, 4)), 2),
+        (Example((), (3, 4)), 1),  # the first token follows nothing
+        (Example((1,), (3, 4, 5), (True, False, True)), 2),
+        (Example((), (3, 4, 5), (True, False, True)), 1),
+        (Example((), (3, 4, 5), (False, True, True)), 2),
+        (Example((), (3,)), 0),
+    ],
+)
+def test_tokens_that_count_are_the_labels_of_a_batch(example, count):
+    assert example.counted == count
+    assert (batch_of([example], 0, "cpu")["labels"][:, 1:] >= 0).sum() == count
 
 
 # -- interrupted, and gone on with -----------------------------------------------------------------

@@ -23,6 +23,13 @@ class Example:
     right: int | None = None
     question: object = None
 
+    @property
+    def counted(self):
+        """How many of its tokens the loss is the mean over."""
+        trained = self.trained or (True,) * len(self.completion)
+        follows_nothing = not self.prompt and any(trained[:1])
+        return sum(trained) - follows_nothing
+
 
 def batch_of(examples, pad, device):
     """input_ids, attention_mask and labels, padded on the right."""
@@ -42,11 +49,6 @@ def batch_of(examples, pad, device):
         "attention_mask": mask.to(device),
         "labels": labels.to(device),
     }
-
-
-def counted(batch):
-    """Tokens of a batch that its loss is the mean over: the first of a row follows nothing."""
-    return int((batch["labels"][:, 1:] != IGNORE).sum())
 
 
 def batches(count, size, seed, epoch):

@@ -241,7 +241,7 @@ class Job:
         indices = batches(len(self.data.train), together, seed, epoch)[place]
         examples = [self.data.train[i] for i in indices]
         team, pad = self.team, self.tokenizer.pad_token_id
-        parts = [team.of_batch(examples[i : i + size], pad) for i in range(0, len(examples), size)]
+        parts = [team.of_batch(examples[i : i + size]) for i in range(0, len(examples), size)]
         total = sum(tokens for _, _, tokens in parts)
         return [
             (batch_of(mine, pad, team.device), team.parts * tokens / total)

@@ -8,7 +8,6 @@ import threading
 
 import torch
 
-from .examples import batch_of, counted
 from .signals import StoppedError
 
 # The first rank writes the model alone while the others wait; that a process has ended is noticed
@@ -39,7 +38,7 @@ class Ranks:
         """This rank's items of a list."""
         return items[self.part :: self.parts]
 
-    def of_batch(self, examples, pad):
+    def of_batch(self, examples):
         """-> (this rank's examples of a batch, how many of their tokens count, and of all).
 
         The engine takes the mean of the ranks' gradients. Where a rank's loss, the mean over its
@@ -47,7 +46,7 @@ class Ranks:
         the mean over all of them, as in one process. Each rank takes part in every forward and
         backward: one without tokens takes some, of which none counts.
         """
-        tokens = [counted(batch_of([example], pad, "cpu")) for example in examples]
+        tokens = [example.counted for example in examples]
         mine = sum(self.of(tokens))
         if mine == 0 and self.parts > 1:
             return [examples[tokens.index(max(tokens))]], 0, sum(tokens)

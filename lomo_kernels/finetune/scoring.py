@@ -58,7 +58,7 @@ def score(model, examples, *, measures, rule, batch_size, pad, team, progress):
 def _perplexity(model, examples, batch_size, pad, team, progress):
     total, count = 0.0, 0
     for start in progress(range(0, len(examples), batch_size)):
-        mine, tokens, _ = team.of_batch(examples[start : start + batch_size], pad)
+        mine, tokens, _ = team.of_batch(examples[start : start + batch_size])
         loss = model(**batch_of(mine, pad, team.device)).loss.item()
         total += loss * tokens if tokens else 0.0
         count += tokens
