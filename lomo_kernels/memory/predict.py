@@ -107,14 +107,12 @@ class _Wait:
         first, last = (places[0], places[-1] + 1) if places else (0, 0)
         every = listed[:first] + listed[first:last] * layers + listed[last:]
         every = [each._replace(key=i) for i, each in enumerate(every)]
-        options = dict(job.options)
+        options, small = dict(job.options), vectors + (layers - 1) * layer
         if (budget := options.get("factor_budget")) is None:
             size = parameters(config) * getattr(torch, job.dtype).itemsize
             if job.is_sharded:  # what would wait is each parameter's part
-                size = others + sum(each.nbytes for each in every)
-                size += vectors + (layers - 1) * layer
+                size = others + sum(each.nbytes for each in every) + small
             budget = default_budget(size)
-        small = vectors + (layers - 1) * layer
         choice = chosen(
             options.get("strategy", "auto"),
             [Waits("small", "", small, True)],

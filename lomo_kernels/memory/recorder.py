@@ -5,7 +5,7 @@ Every storage has one category for its whole life, decided by what it became:
 
 parameters  a parameter of the module
 gradients   it was in `param.grad` or on its way there; or it waits in a gradient's place until the
-            global norm is known, as a factor that backward made (optim/linear.py)
+            global norm is known, as a factor that backward made (optim/gradient.py)
 states      it is in `optimizer.state` after a step
 activations made by forward, the loss included, or by a recomputation of forward in backward; a
             factor that forward made stays here while it waits
