@@ -195,6 +195,24 @@ def test_a_group_added_later():
     assert model.embedding.weight.grad is not None  # nobody's but autograd's
 
 
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_a_group_added_in_the_middle_of_a_step(clip):
+    """What waits is not lost, and the group's gradients belong to the step, as in torch."""
+    model, twin = models.build(), models.build()
+    optimizer = Lomo(model.blocks.parameters(), LR, clip, strategy="one_backward")
+    sgd = torch.optim.SGD(twin.blocks.parameters(), lr=LR)
+    start = models.snapshot(model)
+    for each, m in ((optimizer, model), (sgd, twin)):
+        models.loss_of(m).backward()
+        each.add_param_group({"params": m.head.parameters()})
+    if clip is not None:
+        torch.nn.utils.clip_grad_norm_([*twin.blocks.parameters(), *twin.head.parameters()], clip)
+    optimizer.step()
+    sgd.step()
+    assert not torch.equal(model.blocks[0].up.weight, start[3])
+    assert models.difference(model, twin) < FP32
+
+
 def test_a_group_that_is_refused_leaves_no_trace():
     model = models.build()
     optimizer = Lomo(model.blocks.parameters(), lr=LR)

@@ -1090,3 +1090,30 @@ def test_remove_leaves_the_model_as_it_was(world):
     assert hooks() != start
     optimizer.remove()
     assert hooks() == start
+
+
+@ranks.on(2)
+def test_a_group_joins_between_two_steps(world):
+    model, twin = shards.sharded(), shards.sharded()
+    optimizer = Lomo(model.blocks.parameters(), LR, CLIP, strategy="one_backward")
+    sgd = torch.optim.SGD(twin.blocks.parameters(), lr=LR)
+    start = whole(model)
+    optimizer.backward(model(batch(0, dist.get_rank())))
+    twin(batch(0, dist.get_rank())).backward()
+    shards.clip(twin.blocks.parameters(), **GLOBAL)
+    sgd.step()
+    twin.zero_grad()
+    model.zero_grad()
+    for each, m in ((optimizer, model), (sgd, twin)):
+        each.add_param_group({"params": m.head.parameters()})
+    optimizer.backward(model(batch(1, dist.get_rank())))
+    twin(batch(1, dist.get_rank())).backward()
+    shards.clip([*twin.blocks.parameters(), *twin.head.parameters()], **GLOBAL)
+    sgd.step()
+    check_close(whole(model), whole(twin), 1e-7)
+    assert not torch.equal(whole(model)["head.weight"], start["head.weight"])
+    model(batch(2, dist.get_rank())).backward()
+    with pytest.raises(RuntimeError, match=r"call step\(\) before add_param_group"):
+        optimizer.add_param_group({"params": model.score.parameters()})
+    optimizer.step()  # what waits is not lost
+    assert optimizer.is_clean

@@ -1,5 +1,8 @@
 """What cannot be sharded training is refused in one sentence with the way out, before any write."""
 
+import gc
+import weakref
+
 import models
 import pytest
 import ranks
@@ -291,6 +294,7 @@ def test_accelerate_prepares_model_and_optimizer(world, kind, options):
     inner = kind(model, LR, loss_scale=None, **options)
     made = accelerator()
     start = whole(model)
+    whole_ones = [weakref.ref(p) for p in model.parameters()]
     model, optimizer = made.prepare(model, inner)
     twin = shards.build()
     reference = kind(twin, LR, loss_scale=None, **options)
@@ -299,6 +303,8 @@ def test_accelerate_prepares_model_and_optimizer(world, kind, options):
         inner.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
+        gc.collect()
+        assert all(ref() is None for ref in whole_ones)  # the parts are all that is left
         with reference.accumulate():
             for rank in range(world):
                 (twin(batch(step, rank)) / world).backward()

@@ -51,6 +51,10 @@ FOREIGN_LEAVES = (
     "the loss depends on tensors that are not the optimizer's, and two backwards would give them "
     "their gradients twice: make the optimizer from the module, or take strategy='one_backward'"
 )
+JOINS_LATE = (
+    "parameters join the optimizer of a sharded model between two steps: call step() before "
+    "add_param_group()"
+)
 BROKEN_ENGINE = (
     "{name} has no gradient any more: an error ended a backward, after which fully_shard reduces "
     "nothing of that unit; start again from a checkpoint, with a new model and optimizer"
@@ -79,17 +83,23 @@ def refuse_engine(param, name):
         raise TypeError(f"{name} {_DEEPSPEED}")
 
 
+def modules_with(params, kind):
+    """The modules of a class that have one of the parameters (their ids); looked for among all
+    objects, because no parameter tells."""
+    return [
+        each for each in gc.get_objects()
+        # not isinstance(), which asks some objects for a class they pretend to have
+        if issubclass(type(each), kind) and any(id(p) in params for p in each.parameters())
+    ]  # fmt: skip
+
+
 def refuse_ddp(params):
     """Refuses parameters (their ids) of a model that DistributedDataParallel has wrapped, before or
-    after they came here: only the wrapper tells, so it is looked for in a process group."""
-    if not torch.distributed.is_initialized():
-        return
-    for found in gc.get_objects():
-        # not isinstance(), which asks some objects for a class they pretend to have
-        if issubclass(type(found), torch.nn.parallel.DistributedDataParallel) and any(
-            id(p) in params for p in found.parameters()
-        ):
-            raise RuntimeError(_DDP)
+    after they came here; there is one in a process group alone."""
+    if torch.distributed.is_initialized() and modules_with(
+        params, torch.nn.parallel.DistributedDataParallel
+    ):
+        raise RuntimeError(_DDP)
 
 
 def refuse_shape(name, param, state, value):

@@ -102,7 +102,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         params = list(unwatched(self._params)())
         if not any(map(sharding.is_sharded, params)):
             return
-        for param in sharding.ignored({id(p): p for p in params}):
+        for param in sharding.ignored(params):
             raise TypeError(notices.IGNORED.format(name=self.name_of(param)))
         self.ranks = sharding.Ranks(params, self.name_of)
         if self._leaves is not None:
@@ -115,7 +115,13 @@ class FusedOptimizer(torch.optim.Optimizer):
     # -- torch.optim.Optimizer ---------------------------------------------------------------------
 
     def add_param_group(self, param_group):
-        """Adds a group as torch does; its parameters are released in backward from now on."""
+        """Adds a group as torch does; its parameters are released in backward from now on.
+
+        Raises:
+            RuntimeError: in the middle of a step of sharded parameters.
+        """
+        if self._ready and self.ranks is not None and not self._step.is_empty:
+            raise RuntimeError(notices.JOINS_LATE)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -123,17 +129,21 @@ class FusedOptimizer(torch.optim.Optimizer):
         except (TypeError, ValueError, RuntimeError):
             self.param_groups.pop()
             raise
-        for param in group["params"]:
-            self.group_of[id(param)] = len(self.param_groups) - 1
-            self.numbers[id(param)] = len(self.numbers)
+        self._number_group(len(self.param_groups) - 1)
         if self._ready:
-            self._begin_again()
+            self._parameters_changed()
 
-    def _begin_again(self):
-        """After a change of the parameters between two steps."""
+    def _number_group(self, index):
+        """Gives the parameters of a group the next numbers."""
+        for param in self.param_groups[index]["params"]:
+            self.group_of[id(param)] = index
+            self.numbers[id(param)] = len(self.numbers)
+
+    def _parameters_changed(self):
         self._look_for_shards()
-        self.scalars.ranks = self.ranks
-        self._step = self._new_step()
+        self.scalars.ranks, self.scalars.anchor = self.ranks, next(self._params())
+        if self._step.is_empty:  # else its gradients wait for their update
+            self._step = self._new_step()
         if self._attached:
             self._attach()
 
@@ -147,17 +157,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         if started or len(params) != len(self.numbers):
             raise RuntimeError(notices.REPLACED_LATE)
         self.state.clear()
-        names = {number: self._names.get(key) for key, number in self.numbers.items()}
+        names = [self._names.get(key) for key in self.numbers]
         self._watch.release()
-        self.numbers, self.group_of, self._names = {}, {}, {}
-        for index, group in enumerate(self.param_groups):
-            for param in group["params"]:
-                self.group_of[id(param)] = index
-                self.numbers[id(param)] = number = len(self.numbers)
-                if names[number] is not None:
-                    self._names[id(param)] = names[number]
+        self.numbers, self.group_of = {}, {}
+        for index in range(len(self.param_groups)):
+            self._number_group(index)
+        self._names = {key: name for key, name in zip(self.numbers, names) if name is not None}
+        for group in self.param_groups:
             self._check_group(group)
-        self._begin_again()
+        self._parameters_changed()
         logger.info("the parameters were replaced: the optimizer trains the new ones")
 
     def _check_group(self, group):
@@ -201,9 +209,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._attach()  # parameters that were frozen until now
         used = self._step.used
         self._close()
-        if self._leaves is not None:
-            self._leaves.close()
-        self._watch.usage.clear()
+        self._forget_forwards()
         if used and len(used) != self._arrived and self._attached:
             self._arrived = len(used)
             self._refuse_replaced([p for p in self._trained() if id(p) not in used])
@@ -501,7 +507,13 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _drop(self):
         self._close(abandon=True)
+        self._forget_forwards()
+
+    def _forget_forwards(self):
+        """What the forwards of a step did with the parameters."""
         self._watch.usage.clear()
+        if self._leaves is not None:
+            self._leaves.close()
 
     def scale(self, loss):
         """loss * loss_scale, for `opt.scale(loss).backward()`; the updates divide by it again."""

@@ -81,7 +81,7 @@ class StepScalars:
     ):
         self.rule, self.dtype = rule, dtype
         self.ranks = ranks
-        self._backend, self._anchor, self._must_scale = backend, anchor, must_scale
+        self._backend, self.anchor, self._must_scale = backend, anchor, must_scale
         self._warning = SkippedWarning(rule)
         self.set(scale)
 
@@ -105,7 +105,7 @@ class StepScalars:
         """Begins a step, unless one has begun."""
         if self._first is not None:
             return
-        first = self._anchor.device
+        first = self.anchor.device
         if self._start is None:
             # written by kernels, not copied from the host, which would wait
             self._start = torch.zeros(len(_PLACE), device=first, dtype=self.dtype)

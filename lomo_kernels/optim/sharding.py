@@ -17,7 +17,6 @@ met.
 """
 
 import functools
-import gc
 import sys
 from typing import NamedTuple
 
@@ -157,7 +156,6 @@ class Ranks:
         import torch.distributed as dist
 
         self._dist = dist
-        self.messages = 0  # how many collectives were needed so far
         meshes = [param.device_mesh for param in params if is_sharded(param)]
         widest = max(meshes, key=lambda mesh: mesh.size())
         if widest.size() == dist.get_world_size():
@@ -204,7 +202,6 @@ class Ranks:
         values = values.reshape(1, -1)
         if self.size == 1:
             return values
-        self.messages += 1
         sent = values.to(self._device) if values.device.type == "cpu" else values
         every = sent.new_empty((self.size, sent.shape[1]))
         _all_gather(self._dist)(every, sent, group=self.group)
@@ -317,23 +314,14 @@ class Leaves:
         self._order = {}
 
 
-def engine_modules(params):
-    """The modules of FSDP2 that have one of the parameters (their ids); looked for in all objects,
-    because no parameter tells."""
-    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
-    if kind is None:
-        return []
-    return [
-        each for each in gc.get_objects()
-        # not isinstance(), which asks some objects for a class they pretend to have
-        if issubclass(type(each), kind) and any(id(p) in params for p in each.parameters())
-    ]  # fmt: skip
-
-
 def ignored(params):
-    """The trained parameters (of a dict by id) that the engine which shards the others leaves
-    alone: FSDP2 reduces no gradients of them. None without FSDP2: tensor parallelism keeps plain
-    parameters whose gradients are the same on all ranks."""
-    plain = [p for p in params.values() if p.requires_grad and not is_sharded(p)]
-    inside = {id(p) for module in engine_modules(params) for p in module.parameters()}
+    """The trained parameters that the engine which shards the others leaves alone: FSDP2 reduces no
+    gradients of them. None without FSDP2: tensor parallelism keeps plain parameters whose gradients
+    are the same on all ranks."""
+    plain = [p for p in params if p.requires_grad and not is_sharded(p)]
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    if not plain or kind is None:
+        return []
+    modules = notices.modules_with({id(p) for p in params}, kind)
+    inside = {id(p) for module in modules for p in module.parameters()}
     return [p for p in plain if id(p) in inside]
