@@ -1,4 +1,4 @@
-"""README's section on what was measured, of every device that has rows."""
+"""The tables of docs/benchmarks.md, of every device that has rows."""
 
 from . import peers, record, targets
 
@@ -125,8 +125,8 @@ def performance():
     if len(devices()) == 1:
         text += (
             "**No GPU has been measured yet.** The CUDA and Triton kernels are checked on the CPU "
-            "and as machine code, as said above; their speed on a device, and their bit parity "
-            "there, are not shown.\n\n"
+            "and as machine code; their speed on a device, and their bit parity there, are not "
+            "shown.\n\n"
         )
     body = [list(each) for each in targets.check(record.read, devices()[1:])]
     return text + _table(["device", "target", "wanted", "measured", ""], body)

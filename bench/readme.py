@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-from . import memory, performance, record, strategies
+from . import memory, performance, record, strategies, summary
 
 ROOT = Path(__file__).parent.parent
 
@@ -17,10 +17,7 @@ def _source(rows, name):
     origins = dict.fromkeys(
         f"{r['device']}; {r['versions']}; commit {r['commit']}, {r['date']}" for r in rows
     )
-    return f"\n{'; and '.join(origins)} ([rows]({ROWS}/{name}.csv)).\n"
-
-
-ROWS = "/bench/results"
+    return f"\n{'; and '.join(origins)}. Rows: `bench/results/{name}.csv`.\n"
 
 
 def _table(head, rows):
@@ -47,14 +44,11 @@ def finetune():
 
 
 PAGES = {
-    "README.md": {
-        "finetune": finetune,
-        "performance": performance.performance,
-        "strategies": strategies.table,
-        "cards": memory.cards,
-    },
-    "docs/memory.md": {"table1": memory.table1},
-    "docs/strategies.md": {"strategies": strategies.whole_table},
+    "README.md": {"summary": summary.table},
+    "docs/benchmarks.md": {"performance": performance.performance},
+    "docs/clipping.md": {"strategies": strategies.table},
+    "docs/finetune.md": {"finetune": finetune},
+    "docs/memory.md": {"cards": memory.cards, "table1": memory.table1},
 }
 
 

@@ -273,14 +273,16 @@ def rows_of(name, itemsize=2):
             }
 
 
-def _drawn(rows):
-    from .readme import _table  # which may import this module
+def table():
+    """All models, from the rows."""
+    from .readme import _source, _table  # which may import this module
 
     def cell(row, strategy):
         gib = f"{int(row[f'peak_bytes_{strategy}']) / 2**30:.1f} GiB"
         cost = row.get(f"relative_{strategy}")
         return gib if cost is None else f"{float(cost):.2f}x, {gib}"
 
+    rows = record.read("strategies")
     body = [
         [
             r["model"],
@@ -294,29 +296,12 @@ def _drawn(rows):
     ]
     names = ("unclipped", *STRATEGIES[1:], "immediate, unclipped", "torch's SGD")
     head = ["model", "tokens", "checkpointing", *names, "one_backward waits", "auto picks"]
-    return _table(head, body)
-
-
-def _described(rows):
-    from .readme import _source
-
     return (
         "Matrix products of a step, attention's included, relative to the same step unclipped, and "
         "its peak memory, weights included; bf16, one sequence.\n\n"
-        + _drawn(rows)
+        + _table(head, body)
         + _source(rows, "strategies")
     )
-
-
-def table():
-    """For README, from the rows."""
-    rows = record.read("strategies")
-    return _described([r for r in rows if r["model"] in ("LLaMA-7B", "Llama-3-8B")])
-
-
-def whole_table():
-    """All models."""
-    return _described(record.read("strategies"))
 
 
 def main():
