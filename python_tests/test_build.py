@@ -1,6 +1,7 @@
 """The build as a user meets it: sdist, wheel, with and without nvcc, and what it says."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import lomo_kernels
 
 ROOT = Path(__file__).parent.parent
 
@@ -56,6 +59,12 @@ def test_sdist_holds_what_the_build_needs_and_no_tests(built):
     assert tracked <= names
     assert {"setup.py", "CMakeLists.txt", "pyproject.toml", "LICENSE", "README.md"} <= names
     assert not [n for n in names if n.startswith(("python_tests/", "bench/")) or n.endswith(".so")]
+
+
+def test_the_version_is_the_one_that_the_changelog_begins_with(built):
+    version = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1]
+    assert lomo_kernels.__version__ == version
+    assert [path.name.split("-")[1].removesuffix(".tar.gz") for path in built] == [version] * 2
 
 
 def test_wheel_holds_the_package_alone(built):

@@ -10,17 +10,22 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import lomo_kernels
 from lomo_kernels import cli, finetune, memory, ops
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+<<<<<<< HEAD
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text()
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")))
 }
 WORDS = "\n".join(PAGES.values())
+=======
+CI = (ROOT / ".ci" / "run").read_text()
+>>>>>>> 052b4a42a56d127066742efbce93c7c9695f0df3
 
 
 def test_tables_are_drawn_from_the_committed_rows():
@@ -126,9 +131,23 @@ def test_every_option_that_is_listed_is_there(page):
 
 
 def test_ci_runs_the_command_that_readme_gives():
-    command = next(line for line in README.splitlines() if "requirements-test.txt" in line)
-    assert command.startswith("python3 -m venv .venv")
-    assert "requirements-test.txt" in (ROOT / ".ci" / "run").read_text()
+    (command,) = (line for line in README.splitlines() if "-r requirements-test.txt" in line)
+    parts, lines = command.split(" && "), CI.splitlines()
+    first = lines.index(parts[0])
+    assert lines[first : first + len(parts)] == parts
+
+
+def test_pre_commit_formats_what_ci_checks():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    checks = {hook["entry"].removesuffix(" -i"): hook for hook in hooks}
+    lint = CI[CI.index("ruff check") :]
+    assert all(re.search(rf"^{check} ", lint, re.MULTILINE) for check in checks)
+    (line,) = re.findall("^clang-format .*", lint, re.MULTILINE)
+    checked = {path for pattern in line.split()[3:] for path in ROOT.glob(pattern)}
+    files = re.compile(checks["clang-format"]["files"])
+    every = {path for room in ("csrc", "python_tests") for path in (ROOT / room).rglob("*")}
+    every = {path for path in every if files.search(str(path.relative_to(ROOT)))}
+    assert every == checked
 
 
 def test_the_other_pair_of_versions_has_one_command():
@@ -139,6 +158,9 @@ def test_the_other_pair_of_versions_has_one_command():
     names = [set(re.findall(r"^([\w-]+)==", text, re.MULTILINE)) for text in files]
     assert names[1] < names[0]  # what the tests need; not the lint, nor what they can do without
     assert {"torch", "triton", "pytest"} <= names[1]
+    dev = re.search(r"^dev = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S)[1]
+    tools = set(re.findall(r'"([\w-]+)"', dev))
+    assert {"pytest", "ruff", "pre-commit"} <= tools <= names[0] | {"pre-commit"}
 
 
 # -- code ------------------------------------------------------------------------------------------
