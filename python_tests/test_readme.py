@@ -17,15 +17,12 @@ from lomo_kernels import cli, finetune, memory, ops
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-<<<<<<< HEAD
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text()
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")))
 }
 WORDS = "\n".join(PAGES.values())
-=======
 CI = (ROOT / ".ci" / "run").read_text()
->>>>>>> 052b4a42a56d127066742efbce93c7c9695f0df3
 
 
 def test_tables_are_drawn_from_the_committed_rows():
