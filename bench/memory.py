@@ -14,6 +14,7 @@ from lomo_kernels.memory import optimizers, report
 from lomo_kernels.memory.predict import Job, predict
 
 from . import record
+from .tables import origin, table
 
 GIB = 2**30
 CHECKPOINTING = (None, "non_reentrant")
@@ -117,8 +118,6 @@ def card_row(model, card):
 
 
 def table1():
-    from .readme import _source, _table  # which imports this module
-
     rows = record.read("table1")
     body = []
     for row in rows:
@@ -143,7 +142,7 @@ def table1():
         "optimizer", "checkpointing", *memory.CATEGORIES, "peak", "activations, fused attention",
         "peak, fused attention",
     ]  # fmt: skip
-    return _table(head, body) + _source(rows, "table1")
+    return table(head, body) + origin(rows, "table1")
 
 
 def _checkpointing(text):
@@ -151,12 +150,10 @@ def _checkpointing(text):
 
 
 def cards():
-    from .readme import _source, _table
-
     rows = record.read("cards")
     cells = {card_of(r): r for r in rows}
     body = [[m, *(_cell(cells[m, card]) for card in CARDS)] for m in MODELS]
-    return _table(["model", *map(str, CARDS)], body) + _source(rows, "cards")
+    return table(["model", *map(str, CARDS)], body) + origin(rows, "cards")
 
 
 def card_of(row):

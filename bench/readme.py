@@ -9,23 +9,9 @@ import sys
 from pathlib import Path
 
 from . import memory, performance, record, strategies
+from .tables import origin, table
 
 ROOT = Path(__file__).parent.parent
-
-
-def _source(rows, name):
-    origins = dict.fromkeys(
-        f"{r['device']}; {r['versions']}; commit {r['commit']}, {r['date']}" for r in rows
-    )
-    return f"\n{'; and '.join(origins)} ([rows]({ROWS}/{name}.csv)).\n"
-
-
-ROWS = "/bench/results"
-
-
-def _table(head, rows):
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def finetune():
@@ -43,14 +29,14 @@ def finetune():
         for r in rows
     ]
     head = ["task", "optimizer", "before", "after", "s", "gradients held, GiB", "states, GiB"]
-    return _table(head, body) + _source(rows, "cpu_finetune")
+    return table(head, body) + origin(rows, "cpu_finetune")
 
 
 PAGES = {
     "README.md": {
         "finetune": finetune,
         "performance": performance.performance,
-        "strategies": strategies.table,
+        "strategies": strategies.short_table,
         "cards": memory.cards,
     },
     "docs/memory.md": {"table1": memory.table1},
