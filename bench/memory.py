@@ -9,7 +9,7 @@ from typing import NamedTuple
 from unittest import mock
 
 from lomo_kernels import memory
-from lomo_kernels.integrations import huggingface
+from lomo_kernels.integrations import shapes
 from lomo_kernels.memory import optimizers, report
 from lomo_kernels.memory.predict import Job, predict
 
@@ -75,7 +75,7 @@ def step(options, checkpointing, attention):
         return found.summary
     job = Job("lomo-optim", checkpointing=checkpointing, attention=attention, **SHAPE)
     with mock.patch.object(optimizers, "make", _reference):
-        return predict(huggingface.config_of("llama-7b"), job)
+        return predict(shapes.config_of("llama-7b"), job)
 
 
 def table1_rows():

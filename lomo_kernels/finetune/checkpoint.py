@@ -12,7 +12,7 @@ from pathlib import Path
 import filelock
 import torch
 
-from ..integrations import huggingface
+from ..integrations import weights
 
 _PREFIX, _PARTIAL = "checkpoint-", ".partial"
 
@@ -159,8 +159,8 @@ def _tensors(model, optimizer):
 
 def _weights(model):
     saved = model.state_dict().keys()
-    weights = {name: p.detach() for name, p in model.named_parameters()}  # tied ones once
-    return weights | {name: b for name, b in model.named_buffers() if name in saved}
+    parameters = {name: p.detach() for name, p in model.named_parameters()}  # tied ones once
+    return parameters | {name: b for name, b in model.named_buffers() if name in saved}
 
 
 def _replace(target, partial):
@@ -170,18 +170,18 @@ def _replace(target, partial):
     partial.rename(target)
 
 
-def save_model(folder, name, model, tokenizer, weights=None):
+def save_model(folder, name, model, tokenizer, gathered=None):
     """Writes folder/name, which transformers loads.
 
     Args:
-        weights: of a sharded model.
+        gathered: the weights of a sharded model.
     """
     target, partial = folder / name, folder / f"{name}{_PARTIAL}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with writing(folder):
             partial.mkdir(parents=True)
-            huggingface.save(partial, model, tokenizer, weights)
+            weights.save(partial, model, tokenizer, gathered)
             _replace(target, partial)
     except OutputError:
         shutil.rmtree(partial, ignore_errors=True)
