@@ -2,7 +2,7 @@
 
     python -m bench.bench_finetune [--definitions FOLDER] [--only adalomo]
 
-FOLDER is what `python -m lomo_kernels.finetune.wordnet` wrote; without it only the default data is
+FOLDER is what `python examples/wordnet.py` wrote; without it only the default data is
 run. Takes about 15 minutes on two CPU cores for each of the two tasks. With --only the rows of
 other runs stay as they are.
 """

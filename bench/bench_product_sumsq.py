@@ -16,7 +16,7 @@ from lomo_kernels.ops.product_sumsq import TILE
 
 from . import shapes, suite
 from .bench_lomo_update import PLAIN, backends
-from .strategies import MODELS, Shape
+from .llama import MODELS, Shape
 from .timing import Rival
 
 SMALLEST = 2**20  # elements of the factors of a whole layer

@@ -22,7 +22,7 @@ from lomo_kernels.memory import measure
 from lomo_kernels.memory.optimizers import MasterCopy
 
 from . import peers, record, suite, timing
-from .strategies import MODELS, Shape, config, parameters
+from .llama import MODELS, Shape, config_values, parameters
 
 SIZES = {
     **{name.removeprefix("LLaMA-"): shape for name, shape in MODELS.items()},
@@ -129,7 +129,7 @@ class Case:
 
     def build(self):
         """The model; its weights are not those of another call."""
-        of_model = config(self.shape)
+        of_model = transformers.LlamaConfig(**config_values(self.shape))
         of_model.use_cache = False
         with torch.device(self.where.device):
             model = transformers.AutoModelForCausalLM.from_config(

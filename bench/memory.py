@@ -9,11 +9,12 @@ from typing import NamedTuple
 from unittest import mock
 
 from lomo_kernels import memory
-from lomo_kernels.integrations import huggingface
+from lomo_kernels.integrations import shapes
 from lomo_kernels.memory import optimizers, report
 from lomo_kernels.memory.predict import Job, predict
 
 from . import record
+from .tables import origin, table
 
 GIB = 2**30
 CHECKPOINTING = (None, "non_reentrant")
@@ -74,7 +75,7 @@ def step(options, checkpointing, attention):
         return found.summary
     job = Job("lomo-optim", checkpointing=checkpointing, attention=attention, **SHAPE)
     with mock.patch.object(optimizers, "make", _reference):
-        return predict(huggingface.config_of("llama-7b"), job)
+        return predict(shapes.config_of("llama-7b"), job)
 
 
 def table1_rows():
@@ -117,8 +118,6 @@ def card_row(model, card):
 
 
 def table1():
-    from .readme import _source, _table  # which imports this module
-
     rows = record.read("table1")
     body = []
     for row in rows:
@@ -143,7 +142,7 @@ def table1():
         "optimizer", "checkpointing", *memory.CATEGORIES, "peak", "activations, fused attention",
         "peak, fused attention",
     ]  # fmt: skip
-    return _table(head, body) + _source(rows, "table1")
+    return table(head, body) + origin(rows, "table1")
 
 
 def _checkpointing(text):
@@ -151,12 +150,10 @@ def _checkpointing(text):
 
 
 def cards():
-    from .readme import _source, _table
-
     rows = record.read("cards")
     cells = {card_of(r): r for r in rows}
     body = [[m, *(_cell(cells[m, card]) for card in CARDS)] for m in MODELS]
-    return _table(["model", *map(str, CARDS)], body) + _source(rows, "cards")
+    return table(["model", *map(str, CARDS)], body) + origin(rows, "cards")
 
 
 def card_of(row):

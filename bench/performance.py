@@ -1,6 +1,7 @@
 """The tables of docs/benchmarks.md, of every device that has rows."""
 
 from . import peers, record, targets
+from .tables import origin, table
 
 
 def devices():
@@ -110,8 +111,6 @@ def train(rows):
 
 
 def performance():
-    from .readme import _source, _table  # which may import this module
-
     text = ""
     for device in devices():
         rows = record.read(device)
@@ -120,8 +119,8 @@ def performance():
         text += f"### {rows[0]['device']}\n\n"
         for part in (kernels, host, train):
             for title, head, body in part(rows):
-                text += f"{title}\n\n{_table(head, body)}\n"
-        text = text.rstrip("\n") + "\n" + _source(rows, device) + "\n"
+                text += f"{title}\n\n{table(head, body)}\n"
+        text = text.rstrip("\n") + "\n" + origin(rows, device) + "\n"
     if len(devices()) == 1:
         text += (
             "**No GPU has been measured yet.** The CUDA and Triton kernels are checked on the CPU "
@@ -129,4 +128,4 @@ def performance():
             "shown.\n\n"
         )
     body = [list(each) for each in targets.check(record.read, devices()[1:])]
-    return text + _table(["device", "target", "wanted", "measured", ""], body)
+    return text + table(["device", "target", "wanted", "measured", ""], body)

@@ -10,8 +10,13 @@ of a model that a CPU trains. Speeds are rows of the suite.
 import argparse
 from pathlib import Path
 
+import torch
+import transformers
+
+from lomo_kernels import Lomo, memory
+
 from . import record
-from .strategies import Shape, config
+from .llama import Shape, config_values
 
 FOLDER = Path(__file__).parent.parent / "docs" / "pictures"
 KINDS = ("parameters", "gradients", "states", "activations", "other")
@@ -34,8 +39,6 @@ CARD = 24 * GIB
 
 
 def kinds_rows():
-    from lomo_kernels import memory
-
     for name, options in STEPS.items():
         found = memory.plan(
             "llama-7b", sequence=1024, batch=1, checkpointing="non_reentrant", **options
@@ -55,14 +58,11 @@ POINTS = 120  # of a line; each is the worst moment of as many events
 
 def over_time_rows():
     """A clipped step, after one that made the states; random weights and tokens."""
-    import torch
-    import transformers
-
-    from lomo_kernels import Lomo, memory
-
     for name, options in OVER_TIME.items():
         torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(config(SHAPE)).train()
+        model = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(**config_values(SHAPE))
+        ).train()
         ids = torch.randint(SHAPE.vocabulary, (1, TOKENS))
         if "sgd" in options:
             optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)

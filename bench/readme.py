@@ -9,20 +9,9 @@ import sys
 from pathlib import Path
 
 from . import memory, performance, record, strategies, summary
+from .tables import origin, table
 
 ROOT = Path(__file__).parent.parent
-
-
-def _source(rows, name):
-    origins = dict.fromkeys(
-        f"{r['device']}; {r['versions']}; commit {r['commit']}, {r['date']}" for r in rows
-    )
-    return f"\n{'; and '.join(origins)}. Rows: `bench/results/{name}.csv`.\n"
-
-
-def _table(head, rows):
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def finetune():
@@ -40,13 +29,13 @@ def finetune():
         for r in rows
     ]
     head = ["task", "optimizer", "before", "after", "s", "gradients held, GiB", "states, GiB"]
-    return _table(head, body) + _source(rows, "cpu_finetune")
+    return table(head, body) + origin(rows, "cpu_finetune")
 
 
 PAGES = {
-    "README.md": {"summary": summary.table},
+    "README.md": {"summary": summary.drawn},
     "docs/benchmarks.md": {"performance": performance.performance},
-    "docs/clipping.md": {"strategies": strategies.table},
+    "docs/clipping.md": {"strategies": strategies.drawn},
     "docs/finetune.md": {"finetune": finetune},
     "docs/memory.md": {"cards": memory.cards, "table1": memory.table1},
 }

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from .strategies import MODELS, layer
+from .llama import MODELS, layer
 
 LARGE = 180_000_000  # elements from which the targets for large tensors hold
 

@@ -1,6 +1,6 @@
 """README's few measured rows, each from one committed file."""
 
-from . import record
+from . import record, tables
 
 GIB = 2**30
 HEAD = ["what", "here", "beside it", "rows"]
@@ -102,9 +102,7 @@ def finetune():
     )
 
 
-def table():
-    from .readme import _table  # which imports this module
-
+def drawn():
     rows = (memory(), card(), finetune(), step(), update(), host())
     body = [[*row[:3], f"[{row[3]}](bench/results/{row[3]}.csv)"] for row in rows]
-    return _table(HEAD, body)
+    return tables.table(HEAD, body)

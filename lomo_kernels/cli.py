@@ -15,7 +15,8 @@ from . import __version__, finetune, memory, ops
 from .finetune import config
 from .finetune.ranks import LostError, Watch
 from .finetune.settings import typed
-from .integrations import huggingface
+from .integrations import shapes
+from .integrations.library import ModelError
 from .optim import OPTIMIZERS
 from .optim.arguments import STRATEGIES
 
@@ -89,7 +90,7 @@ def _add_plan_options(plan):
             help += f" (default {default})"
         plan.add_argument(name, help=help, type=type, default=argparse.SUPPRESS, **more)
 
-    names = ", ".join(huggingface.CONFIGS)
+    names = ", ".join(shapes.CONFIGS)
     add("--model", f"a config.json, a folder with one, or {names}", required=True)
     add("--optimizer", ", ".join(memory.OPTIMIZERS))
     add("--clip-grad-norm", f"of {OURS}; 0 switches it off", float)
@@ -124,7 +125,7 @@ def _plan(options):
             found = memory.plan(**options, progress=say)
         if path is not None:
             found.plot(path)
-    except (ValueError, TypeError, RuntimeError, OSError, huggingface.ModelError) as error:
+    except (ValueError, TypeError, RuntimeError, OSError, ModelError) as error:
         return _fail(" ".join(str(error).split()))
     except ImportError as error:
         return _fail(error)
@@ -185,7 +186,7 @@ def _finetune(options):
     except KeyboardInterrupt:
         return _fail("stopped; what is in --out is whole", 130)
     except (
-        ValueError, huggingface.ModelError, finetune.DataError, finetune.OutputError,
+        ValueError, ModelError, finetune.DataError, finetune.OutputError,
         LostError,
     ) as error:  # fmt: skip
         return _fail(error)

@@ -52,10 +52,15 @@ def built(source, tmp_path_factory):
     return sdist, wheel
 
 
-def test_sdist_holds_what_the_build_needs_and_no_tests(built):
+def test_sdist_holds_what_the_build_needs_and_examples_but_no_tests(built):
     with tarfile.open(built[0]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    tracked = {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
+    tracked = {
+        f"{folder}/{path.name}"
+        for folder in ("csrc", "examples")
+        for path in (ROOT / folder).iterdir()
+        if path.is_file()
+    }
     assert tracked <= names
     assert {"setup.py", "CMakeLists.txt", "pyproject.toml", "LICENSE", "README.md"} <= names
     assert not [n for n in names if n.startswith(("python_tests/", "bench/")) or n.endswith(".so")]

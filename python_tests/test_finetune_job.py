@@ -15,13 +15,13 @@ import torch
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("rich", reason="rich is not installed")
 
-from test_finetune import loaded, result, run, weights  # noqa: E402
+from test_finetune import loaded, result, run, weights_of  # noqa: E402
 
 from lomo_kernels import finetune  # noqa: E402
 from lomo_kernels.finetune import checkpoint, data, log  # noqa: E402
 from lomo_kernels.finetune.examples import batch_of  # noqa: E402
 from lomo_kernels.finetune.ranks import Ranks  # noqa: E402
-from lomo_kernels.integrations import huggingface  # noqa: E402
+from lomo_kernels.integrations import shapes, weights  # noqa: E402
 from lomo_kernels.memory import report as memory_report  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -85,7 +85,7 @@ def test_accumulated_batches_are_one_large_batch(tiny, questions, tmp_path, how)
     parts = tuned(tmp_path / "parts", batch_size=2, gradient_accumulation=4, **same)
     allowed = 1e-5 if "dtype" not in how else 4e-3  # of float16, rounded at 3 steps
     assert difference(trained(tmp_path / "whole"), trained(tmp_path / "parts")) < allowed
-    assert difference(trained(tmp_path / "whole"), huggingface.load_model(tiny)) > 0.01
+    assert difference(trained(tmp_path / "whole"), weights.load_model(tiny)) > 0.01
     assert parts.loss == pytest.approx(whole.loss, rel=1e-3)
 
 
@@ -146,7 +146,7 @@ def test_the_best_weights_of_the_validation_part_are_taken(tiny, questions, tmp_
     assert report.best_step == max(scores, key=scores.get) < 12
     assert [row["step"] for row in rows if "held_out/accuracy" in row] == [0, 12]
     short = tuned(tmp_path / "short", steps=report.best_step, **same)
-    assert weights(tmp_path / "long") == weights(tmp_path / "short")
+    assert weights_of(tmp_path / "long") == weights_of(tmp_path / "short")
     assert report.after == short.after
     assert not (tmp_path / "long" / "best").exists()
 
@@ -173,7 +173,7 @@ def test_a_choice_of_weights_survives_an_interruption(tiny, questions, tmp_path)
         with pytest.raises(finetune.StoppedError, match="the same command goes on"):
             tuned(tmp_path / "cut", stop_after=stop, output=output, **same)
     report = tuned(tmp_path / "cut", output=output, **same)
-    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+    assert weights_of(tmp_path / "cut") == weights_of(tmp_path / "whole")
     assert (report.best_step, report.after) == (whole.best_step, whole.after)
     numbers = ("step", "loss", "lr", "gradient_norm", "validation/accuracy", "held_out/accuracy")
     cut, once = (
@@ -302,7 +302,7 @@ def no_model(monkeypatch):
     def load(*arguments):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(huggingface, "load_model", load)
+    monkeypatch.setattr(weights, "load_model", load)
 
 
 @pytest.mark.parametrize(
@@ -337,7 +337,7 @@ def test_a_dry_run_prints_the_plan_and_stops(tiny, questions, tmp_path, no_model
     assert run(*arguments, "--dry-run") == 0
     printed = capsys.readouterr().out
     settings = finetune.Settings(model=tiny, train=questions, length=64)
-    examples = data.load(settings, huggingface.load_tokenizer(tiny))
+    examples = data.load(settings, weights.load_tokenizer(tiny))
     sizes = [len(e.prompt + e.completion) for e in examples.train]
     answers = sum(len(e.completion) for e in examples.train)
     assert (
@@ -345,7 +345,7 @@ def test_a_dry_run_prints_the_plan_and_stops(tiny, questions, tmp_path, no_model
         f"trained; the longest example has {max(sizes)}"
     ) in printed
     with torch.device("meta"):
-        model = huggingface.from_config(huggingface.load_config(tiny), torch.float32)
+        model = shapes.from_config(weights.load_config(tiny), torch.float32)
     size = memory_report.size(sum(4 * p.numel() for p in model.parameters()))
     assert f"parameters {size}, gradients" in printed
     assert "between the backwards of a step all gradients are held" in printed
@@ -383,14 +383,14 @@ def test_changed_data_or_model_is_told(tiny, questions, tmp_path, capsys):
     train.write_text(content)
     held_out.write_text(content)
     model = tmp_path / "model"
-    huggingface.save(model, *huggingface.load(tiny))
+    weights.save(model, *weights.load(tiny))
     arguments = ["--model", model, "--train", train, "--held-out", held_out, "--steps", 1]
     arguments += ["--out", tmp_path / "out"]
     assert run(*arguments) == 0
     train.write_text(content.replace("\n", "\n\n"))  # the same rows
     assert run(*arguments) == 0
     assert "nothing is left to do" in capsys.readouterr().out
-    before = weights(tmp_path / "out")
+    before = weights_of(tmp_path / "out")
     changed = content.replace("sky of red", "sea of red", 1)
     for path, what in ((train, "what is trained on of train"), (held_out, "what is held out of")):
         path.write_text(changed)
@@ -405,7 +405,7 @@ def test_changed_data_or_model_is_told(tiny, questions, tmp_path, capsys):
     file.write_bytes(content)
     assert run(*arguments) == 2
     assert f"the model {model} has changed since the run in" in capsys.readouterr().err
-    assert weights(tmp_path / "out") == before
+    assert weights_of(tmp_path / "out") == before
 
 
 def test_one_writer_at_a_time(tiny, questions, tmp_path, capsys):
@@ -453,7 +453,7 @@ def test_ctrl_c_while_loading_is_one_sentence(tiny, questions, tmp_path, capsys,
 
     arguments = ["--model", tiny, "--train", questions, "--steps", 1, "--out", tmp_path]
     with monkeypatch.context() as patched:
-        patched.setattr(huggingface, "load_model", interrupted)
+        patched.setattr(weights, "load_model", interrupted)
         # processes of pytest-xdist ignore the signal
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:

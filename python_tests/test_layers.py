@@ -1,6 +1,7 @@
 """The house: imports point downwards, and each outside library has one door."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -86,6 +87,21 @@ def test_imports_point_downwards(module, path):
             assert room_of(name) in MAY_IMPORT[room] | {room}, f"{module} imports {name}"
         elif library in DOORS:
             assert room in DOORS[library], f"{module} imports {library}"
+
+
+def test_bench_imports_itself_in_no_circle():
+    """Imports inside functions, by which a circle could be broken, count as well."""
+    imports = {}
+    for path in (ROOT / "bench").glob("*.py"):
+        names = (name.split(".") for name in imports_of(f"bench.{path.stem}", path))
+        imports[path.stem] = {parts[1] for parts in names if parts[0] == "bench"}
+    order = list(graphlib.TopologicalSorter(imports).static_order())
+    assert order.index("llama") < order.index("strategies") < order.index("readme")
+
+
+def test_shapes_of_bench_need_no_transformers():
+    code = "import sys; import bench.shapes, bench.costs; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_only_native_imports_the_extension_module():

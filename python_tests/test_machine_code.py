@@ -16,7 +16,7 @@ import sass
 
 from lomo_kernels.ops import native
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 # A fused multiply-add (but not FMUL, FADD), flushing of subnormals, access to local memory.
 SCALARS = ("decide", "product_sums")  # kernels that read and write nothing else
 FORBIDDEN = re.compile(r"FFMA|DFMA|HFMA2\.BF16|.*\.FTZ|LDL|STL")
@@ -150,9 +150,9 @@ def test_instructions_for_an_element(pattern, record_property):
 def triton_kernels(*target):
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(HERE.parent)  # the package may be built in place, not installed
+    environment["PYTHONPATH"] = str(ROOT)  # the package may be built in place, not installed
     result = subprocess.run(
-        [sys.executable, HERE / "triton_machine_code.py", *target],
+        [sys.executable, ROOT / "python_tests/support/triton_machine_code.py", *target],
         capture_output=True, text=True, env=environment,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]

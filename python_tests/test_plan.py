@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lomo_kernels import cli
-from lomo_kernels.integrations import huggingface
+from lomo_kernels.integrations import shapes
+from lomo_kernels.integrations.library import ModelError
 from lomo_kernels.memory import CATEGORIES, OPTIMIZERS, report
 from lomo_kernels.memory.predict import Job, model_of, predict, record
 from lomo_kernels.memory.timeline import summarise, whole
@@ -100,7 +101,7 @@ def test_a_model_that_looks_at_values_is_refused_in_one_sentence(monkeypatch):
         return torch.optim.SGD(model.parameters()), lambda loss: loss.item()
 
     monkeypatch.setattr(optimizers, "make", looks)
-    with pytest.raises(huggingface.ModelError, match="looks at the values of a tensor"):
+    with pytest.raises(ModelError, match="looks at the values of a tensor"):
         predict(LLAMA, as_job("sgd"))
 
 
@@ -112,7 +113,7 @@ WHOLE = dict(zip(OPTIMIZERS, [None, "non_reentrant", "reentrant"] * 2))
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_smollm2_needs_what_is_planned(name, checkpointing):
     job = as_job(name, batch=1, sequence=32, checkpointing=checkpointing)
-    config = huggingface.config_of("smollm2-135m")
+    config = shapes.config_of("smollm2-135m")
     if checkpointing != WHOLE[name]:
         config.num_hidden_layers = 4
     agree(predict(config, job), measured(config, job))

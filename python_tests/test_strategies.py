@@ -1,11 +1,11 @@
-"""The operations and bytes that bench.strategies computes, against a small Llama that is run."""
+"""The operations and bytes that bench computes, against a small Llama that is run."""
 
 import models
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import strategies
+from bench import costs, llama, strategies
 from lomo_kernels import Lomo
 from lomo_kernels.memory import predict
 from lomo_kernels.memory.timeline import summarise, whole
@@ -13,7 +13,7 @@ from lomo_kernels.ops import product_sumsq
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-SHAPE = strategies.Shape(hidden=64, inner=160, layers=3, heads=4, kv_heads=2, vocabulary=256)
+SHAPE = llama.Shape(hidden=64, inner=160, layers=3, heads=4, kv_heads=2, vocabulary=256)
 
 
 def build(checkpointing):
@@ -47,10 +47,10 @@ def waits(strategy, tokens):
     kept = {
         "none": None,
         "two_backward": None,
-        "one_backward": range(len(strategies.matrices(SHAPE))),
-        "partial": strategies.partial(SHAPE, tokens, 4),
+        "one_backward": range(len(llama.matrices(SHAPE))),
+        "partial": costs.partial(SHAPE, tokens, 4),
     }[strategy]
-    return 0 if kept is None else strategies.waiting(SHAPE, kept, tokens, 4)
+    return 0 if kept is None else costs.waiting(SHAPE, kept, tokens, 4)
 
 
 # Factors are smaller than the gradient below 21 tokens for key and value, 32 for query and output,
@@ -61,7 +61,7 @@ def waits(strategy, tokens):
 @pytest.mark.parametrize("strategy", strategies.STRATEGIES)
 def test_a_step_costs_what_is_computed(strategy, checkpointing, tokens):
     count, optimizer = measured(strategy, tokens, checkpointing)
-    computed = strategies.flops(SHAPE, tokens, checkpointing, strategy, itemsize=4)
+    computed = costs.flops(SHAPE, tokens, checkpointing, strategy, itemsize=4)
     assert count == pytest.approx(computed, rel=0.01)
     assert optimizer.last_waiting_bytes == pytest.approx(waits(strategy, tokens), rel=0.02)
 
@@ -71,7 +71,7 @@ def test_tiles_of_gram_matrices(strategy, monkeypatch):
     monkeypatch.setattr(product_sumsq, "TILE", 8)
     monkeypatch.setattr(product_sumsq, "_TORCH_TILE", {"cpu": 8})
     count, _ = measured(strategy, 20, False)
-    computed = strategies.flops(SHAPE, 20, False, strategy, itemsize=4)
+    computed = costs.flops(SHAPE, 20, False, strategy, itemsize=4)
     assert count == pytest.approx(computed, rel=0.01)
 
 
@@ -80,7 +80,7 @@ def test_tiles_of_gram_matrices(strategy, monkeypatch):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_auto(checkpointing, tokens):
     _, optimizer = measured("auto", tokens, checkpointing)
-    picked = strategies.auto(SHAPE, tokens, checkpointing, itemsize=4)
+    picked = costs.auto(SHAPE, tokens, checkpointing, itemsize=4)
     assert optimizer.explain().startswith(f"strategy {picked}: ")
 
 
@@ -91,7 +91,7 @@ PEAK_TOLERANCE = 0.001  # scalars that only one of the two makes
 def alive_at_most(strategy, tokens, checkpointing):
     """Measured on a model that is there."""
     job = strategies.job(strategy, tokens, checkpointing, "float32", "cpu")
-    config = strategies.config(SHAPE._replace(layers=LAYERS))
+    config = transformers.LlamaConfig(**llama.config_values(SHAPE._replace(layers=LAYERS)))
     model = predict.model_of(config, job)
     return whole(summarise(predict.record(model, job)).values()).peak.total
 
@@ -108,13 +108,13 @@ def test_the_peak_of_a_step_is_the_planned_one(strategy, checkpointing, tokens):
 
 
 def test_parameters_are_those_of_the_model():
-    assert strategies.parameters(SHAPE) == sum(p.numel() for p in build(False).parameters())
-    counts = [strategies.parameters(shape) for shape in strategies.MODELS.values()]
+    assert llama.parameters(SHAPE) == sum(p.numel() for p in build(False).parameters())
+    counts = [llama.parameters(shape) for shape in llama.MODELS.values()]
     assert counts == [6_738_415_616, 13_015_864_320, 65_285_660_672, 8_030_261_248]
 
 
 def test_the_table_is_of_two_models():
-    lines = [line for line in strategies.table().splitlines() if line.startswith("| L")]
+    lines = [line for line in strategies.short_table().splitlines() if line.startswith("| L")]
     assert len(lines) == 2 * len(strategies.TOKENS) * 2
     every = [line for line in strategies.whole_table().splitlines() if line.startswith("| L")]
     assert set(lines) < set(every)

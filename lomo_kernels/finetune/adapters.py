@@ -2,7 +2,7 @@
 
 import torch
 
-from ..integrations import huggingface, peft
+from ..integrations import peft, weights
 
 
 def check(settings):
@@ -28,9 +28,9 @@ def added(settings, model, examples):
         )  # fmt: skip
 
 
-def save(settings, folder, model, tokenizer, weights):
+def save(settings, folder, model, tokenizer, gathered):
     """Writes what transformers loads, or, of an adapter, `peft.PeftModel.from_pretrained`."""
     if settings.adapter is None:
-        huggingface.save(folder, model, tokenizer, weights)
+        weights.save(folder, model, tokenizer, gathered)
     else:
         peft.save(folder, model, tokenizer)

@@ -3,7 +3,7 @@
 import os
 
 from .. import memory
-from ..integrations import huggingface
+from ..integrations import weights
 from . import data, stepping
 from .job import steps_of
 
@@ -18,7 +18,7 @@ def dry_run(settings, display):
     if settings.adapter is not None:
         raise ValueError("a dry run knows no adapter: leave out --dry-run or --adapter")
     parts = data.read(settings)
-    examples = data.tokenised(parts, settings, huggingface.load_tokenizer(settings.model))
+    examples = data.tokenised(parts, settings, weights.load_tokenizer(settings.model))
     for line in examples.lines:
         display.say(line)
     steps, per_epoch = steps_of(settings, len(examples.train))
@@ -33,7 +33,7 @@ def dry_run(settings, display):
     processes = int(os.environ.get("WORLD_SIZE", 1)) // settings.tensor_parallel
     clips = settings.clip_grad_norm if settings.norm == "global" else None
     plan = memory.plan(
-        huggingface.load_config(settings.model),
+        weights.load_config(settings.model),
         optimizer=settings.optimizer, clip_grad_norm=clips, strategy=settings.strategy,
         rounding=settings.rounding, dtype=settings.dtype,
         batch=-(-settings.batch_size // processes), sequence=max(sizes),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..integrations import huggingface
+from ..integrations import weights
 from ..integrations.sharding import shard
 from ..memory import HeldBytes, state_bytes
 from . import adapters, checkpoint, data, ranks, report, signals, stepping
@@ -40,7 +40,7 @@ def run(settings, output=None, display=None):
         A Report.
 
     Raises:
-        huggingface.ModelError, DataError, OutputError: one sentence for the user.
+        ModelError, DataError, OutputError: one sentence for the user.
         StoppedError: on SIGINT or SIGTERM, after the step in progress and a checkpoint.
     """
     display, output = display or Display(), output or Output()
@@ -72,14 +72,14 @@ def _contents(settings, parts):
         return hashlib.sha256("\n".join(map(repr, items)).encode()).hexdigest()
 
     return {
-        f"the model {settings.model}": huggingface.digest(settings.model),
+        f"the model {settings.model}": weights.digest(settings.model),
         f"what is trained on of {parts.name}": digest(*parts.train, *parts.validation),
         f"what is held out of {parts.name}": digest(*parts.held_out),
     }
 
 
 def _begin(settings, output, folder, parts, display, team):
-    tokenizer = huggingface.load_tokenizer(settings.model)
+    tokenizer = weights.load_tokenizer(settings.model)
     examples = data.tokenised(parts, settings, tokenizer)
     for line in examples.lines:
         display.say(line)
@@ -95,21 +95,21 @@ def _load(settings, team, examples):
     load = settings.model, getattr(torch, settings.dtype), settings.checkpointing
     if settings.tensor_parallel > 1:
         parallel = settings.tensor_parallel
-        return huggingface.load_parallel(*load, ranks=team.size, tensor_parallel=parallel).train()
+        return weights.load_parallel(*load, ranks=team.size, tensor_parallel=parallel).train()
     if team.size == 1 and not settings.is_sharded:
-        model = adapters.added(settings, huggingface.load_model(*load), examples)
+        model = adapters.added(settings, weights.load_model(*load), examples)
         return model.to(team.device).train()
     mesh = torch.distributed.init_device_mesh(torch.device(team.device).type, (team.size,))
     if team.size == 1:
-        return shard(huggingface.load_model(*load), mesh, offload=settings.offload).train()
+        return shard(weights.load_model(*load), mesh, offload=settings.offload).train()
     model = None
 
     def load_first():
         nonlocal model
-        model = huggingface.load_model(*load)
+        model = weights.load_model(*load)
 
     team.first(load_first)
-    return huggingface.spread(
+    return weights.spread(
         model, team, mesh, checkpointing=settings.checkpointing, offload=settings.offload
     ).train()
 
@@ -200,8 +200,7 @@ class Job:
         result = self._report(after, best_step)
         self.held.remove()
         if self.output.out is not None:
-            weights = huggingface.gathered(self.model)
-            self.team.first(self._finish, result, weights)
+            self.team.first(self._finish, result, weights.gathered(self.model))
         return result
 
     def _log(self, first):
@@ -344,11 +343,11 @@ class Job:
             best_step=best_step,
         )
 
-    def _finish(self, result, weights):
+    def _finish(self, result, gathered):
         """The checkpoint of the last step is there until the result is."""
 
         def write(folder):
-            adapters.save(self.settings, folder, self.model, self.tokenizer, weights)
+            adapters.save(self.settings, folder, self.model, self.tokenizer, gathered)
 
         checkpoint.save_model(self.folder, "model", write)
         with checkpoint.writing(self.folder):

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 import torch
 
 from .. import optim
-from ..integrations import huggingface
+from ..integrations import weights
 from ..optim.arguments import STRATEGIES
 from .scoring import RULES
 from .superglue import TASKS
@@ -44,7 +44,7 @@ class Settings:
     weights, to the bit."""
 
     model: str = _option(
-        huggingface.DEFAULT_MODEL,
+        weights.DEFAULT_MODEL,
         "smollm2-135m-instruct, a local directory, a .gguf file or a model id",
     )
     train: str | None = _option(

@@ -9,6 +9,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..integrations.library import short
+
 
 class DataError(Exception):
     """The data cannot be used; the message says why in one sentence."""
@@ -64,7 +66,7 @@ def read_yaml(path):
     try:
         return yaml.safe_load(_text(Path(path)))
     except (OSError, yaml.YAMLError) as error:
-        raise DataError(f"{path} cannot be read as YAML: {_short(error)}") from error
+        raise DataError(f"{path} cannot be read as YAML: {short(error)}") from error
 
 
 def is_data_set(folder):
@@ -151,7 +153,7 @@ def _parquet(path):
     try:
         rows = parquet.ParquetFile(path).read().to_pylist()
     except (OSError, ValueError) as error:  # pyarrow's errors are both
-        raise DataError(f"{path} cannot be read as parquet: {_short(error)}") from error
+        raise DataError(f"{path} cannot be read as parquet: {short(error)}") from error
     return Source(str(path), list(enumerate(rows, 1)))
 
 
@@ -165,7 +167,7 @@ def _data_set(name, split, config):
             found = datasets.load_dataset(name, config)
     except Exception as error:  # whatever a reader of any format, or a network, may raise
         where = "" if Path(name).is_dir() else "there is no file or folder of that name, and "
-        raise DataError(f"{name}: {where}no data set can be loaded: {_short(error)}") from error
+        raise DataError(f"{name}: {where}no data set can be loaded: {short(error)}") from error
     if isinstance(found, dict):
         wanted = ("train",) if split == "train" else (split, "test")
         part = next((each for each in wanted if each in found), None)
@@ -182,10 +184,6 @@ def _library(module, name):
         raise DataError(
             f"{name} needs {module.partition('.')[0]} to be read: pip install 'lomo_kernels[data]'"
         ) from error
-
-
-def _short(error):
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 READERS = {

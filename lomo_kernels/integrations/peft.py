@@ -1,6 +1,6 @@
 """Adapters through peft: which there are, what they are made of, and their folder."""
 
-from .huggingface import ModelError, _short
+from .library import ModelError, short
 
 
 def library():
@@ -46,7 +46,7 @@ def with_lora(model, *, rank, alpha, dropout, targets, base):
     except ValueError as error:
         kind = model.config.model_type
         raise ModelError(
-            f"peft cannot put LoRA into this {kind} model: {_short(error)}; name modules with "
+            f"peft cannot put LoRA into this {kind} model: {short(error)}; name modules with "
             "lora_targets"
         ) from error
 

@@ -4,7 +4,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from ..integrations import huggingface
+from ..integrations import shapes
 from ..integrations.sharding import UNITS
 from . import report
 from .optimizers import OPTIMIZERS, RELEASING
@@ -187,7 +187,7 @@ def plan(
     memory = None if device_memory is None else byte_count(device_memory)
     if search and memory is None:
         raise ValueError("the search for what fits needs device_memory, got none")
-    config = huggingface.config_of(model)
+    config = shapes.config_of(model)
     options = {}
     if optimizer in RELEASING:
         options = {"clip_grad_norm": clip_grad_norm, "strategy": strategy, "rounding": rounding}

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from ..integrations import huggingface
+from ..integrations import shapes
+from ..integrations.library import ModelError
 from ..integrations.sharding import shard
 from ..optim.choosing import Waits, chosen, default_budget
 from . import optimizers, sharded
@@ -48,7 +49,7 @@ class Job:
 
 def predict(config, job, progress=lambda text: None):
     """A `timeline.Summary` of one step in its steady state (states exist) of the whole model."""
-    layers = huggingface.layers_of(config)
+    layers = shapes.layers_of(config)
     if layers is None or not _alike(config, layers):
         progress("tracing the whole model")
         return _together([traced(config, job, layers or 0)])
@@ -56,7 +57,7 @@ def predict(config, job, progress=lambda text: None):
     def regions(count, **options):
         progress(f"tracing {count} of {layers} layers")
         changed = replace(job, options=tuple({**dict(job.options), **options}.items()))
-        return traced(huggingface.with_layers(config, count), changed, count)
+        return traced(shapes.with_layers(config, count), changed, count)
 
     wait = _Wait.of(config, job, layers) if job.chooses else None
     options = {} if wait is None else {"strategy": wait.strategy}
@@ -98,7 +99,7 @@ class _Wait:
     def of(cls, config, job, layers):
         """By the optimizer's own rule (optim/choosing.py), on the sizes of all layers."""
         (few, listed, less), (more, _, others) = (
-            _would_wait(huggingface.with_layers(config, n), job) for n in (1, 2)
+            _would_wait(shapes.with_layers(config, n), job) for n in (1, 2)
         )
         others += (layers - 2) * (others - less)
         vectors = sum(each.nbytes for each in few)
@@ -155,7 +156,7 @@ def _fake_model(config, job):
         if job.is_sharded:
             mesh = enter(sharded.fake_devices(job.shards, device))
         enter(fake_step(job.device))
-        enter(huggingface.without_values())
+        enter(shapes.without_values())
         with device:
             model = model_of(config, job)
         yield model if mesh is None else sharded_as(job, model, mesh), device
@@ -176,7 +177,7 @@ def traced(config, job, layers):
         try:
             recorder = record(model, job, device)
         except DataDependentOutputException as error:
-            raise huggingface.ModelError(
+            raise ModelError(
                 f"the model's code looks at the values of a tensor ({error.func}), and a plan has "
                 "none: take a newer transformers, whose experts do not"
             ) from error
@@ -201,7 +202,7 @@ def sharded_as(job, model, mesh):
 
 def model_of(config, job):
     dtype = getattr(torch, job.dtype)
-    return huggingface.from_config(config, dtype, job.checkpointing, job.attention)
+    return shapes.from_config(config, dtype, job.checkpointing, job.attention)
 
 
 def loss_of(model, job, device=None):
@@ -212,7 +213,7 @@ def loss_of(model, job, device=None):
 
 def _alike(config, layers):
     """Whether the model is made of layers that have as many parameters each."""
-    one, two, every = (parameters(huggingface.with_layers(config, n)) for n in (1, 2, layers))
+    one, two, every = (parameters(shapes.with_layers(config, n)) for n in (1, 2, layers))
     return every == one + (layers - 1) * (two - one)
 
 
@@ -221,7 +222,7 @@ def parameters(config):
     key = config.to_json_string(use_diff=False)
     if key not in _COUNTED:
         with torch.device("meta"):
-            model = huggingface.from_config(config, torch.bfloat16)
+            model = shapes.from_config(config, torch.bfloat16)
         _COUNTED[key] = sum(param.numel() for param in model.parameters())
     return _COUNTED[key]
 

@@ -1,7 +1,7 @@
 """A worked example: dictionary definitions to be sorted into eight categories.
 
     apt-get install wordnet-base
-    python -m lomo_kernels.finetune.wordnet /usr/share/wordnet --out definitions
+    python examples/wordnet.py /usr/share/wordnet --out definitions
     lomo-kernels finetune --train definitions/train.jsonl --held-out definitions/held_out.jsonl
 
 Reads WordNet's data.noun (format: WordNet's wndb(5) manual page), whose second field is the
@@ -61,10 +61,7 @@ def questions(path, train, held_out, seed):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        prog="python -m lomo_kernels.finetune.wordnet",
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("wordnet", type=Path, help="folder with data.noun")
     parser.add_argument("--out", type=Path, default=Path("definitions"), help="folder to write to")
     parser.add_argument("--train", type=int, default=512, help="questions to train on")

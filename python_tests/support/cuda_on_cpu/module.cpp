@@ -4,10 +4,10 @@
 
 // clang-format off: the order matters
 #include "cuda_runtime.h"
-#include "../../csrc/cuda.cu"
-#include "../../csrc/cpu.cpp"
-#include "../../csrc/cpu_loops.cpp"
-#include "../../csrc/bindings.cpp"
+#include "../../../csrc/cuda.cu"
+#include "../../../csrc/cpu.cpp"
+#include "../../../csrc/cpu_loops.cpp"
+#include "../../../csrc/bindings.cpp"
 // clang-format on
 
 namespace {
