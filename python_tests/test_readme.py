@@ -80,7 +80,7 @@ def test_the_other_pair_of_versions_has_one_command():
 def test_the_script_runs(tmp_path, monkeypatch):
     """On a model of a few thousand parameters instead of the real one."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    from test_finetune import make_tiny
+    from finetuning import make_tiny
 
     folder = make_tiny(tmp_path / "tiny")
     script = re.search(r"script: begin -->\n```python\n(.*?)```", README, re.DOTALL)[1]
