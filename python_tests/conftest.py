@@ -46,7 +46,7 @@ def poisoned_memory(monkeypatch):
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """The folder of a model that trains in a second; its tests ask for transformers themselves."""
-    from test_finetune import make_tiny
+    from finetuning import make_tiny
 
     return make_tiny(tmp_path_factory.mktemp("tiny"))
 
@@ -54,6 +54,6 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="session")
 def questions(tmp_path_factory):
     """A file of questions that this model can learn."""
-    from test_finetune import make_questions
+    from finetuning import make_questions
 
     return make_questions(tmp_path_factory.mktemp("questions") / "questions.jsonl")

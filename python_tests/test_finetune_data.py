@@ -10,7 +10,7 @@ import torch
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("rich", reason="rich is not installed")
 
-from test_finetune import loaded, result, run  # noqa: E402
+from finetuning import loaded, result, run  # noqa: E402
 
 from lomo_kernels import finetune  # noqa: E402
 from lomo_kernels.finetune import data, formats, sources, tokens  # noqa: E402

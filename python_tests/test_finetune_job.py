@@ -15,7 +15,7 @@ import torch
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("rich", reason="rich is not installed")
 
-from test_finetune import loaded, result, run, weights_of  # noqa: E402
+from finetuning import loaded, result, run, weights_of  # noqa: E402
 
 from lomo_kernels import finetune  # noqa: E402
 from lomo_kernels.finetune import checkpoint, data, log  # noqa: E402

@@ -19,8 +19,8 @@ import torch
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("rich", reason="rich is not installed")
 
+from finetuning import ANSWERS, make_tiny  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from test_finetune import ANSWERS, make_tiny  # noqa: E402
 
 from lomo_kernels import cli, finetune  # noqa: E402
 from lomo_kernels.finetune import checkpoint, job, stepping  # noqa: E402

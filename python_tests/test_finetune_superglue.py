@@ -11,7 +11,7 @@ import torch
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("rich", reason="rich is not installed")
 
-from test_finetune import alone, loaded, result, run  # noqa: E402
+from finetuning import alone, loaded, result, run  # noqa: E402
 
 from lomo_kernels import finetune  # noqa: E402
 from lomo_kernels.finetune import data, scoring, superglue  # noqa: E402

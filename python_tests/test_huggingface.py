@@ -11,29 +11,11 @@ from lomo_kernels import AdaLomo, Lomo, LossScale
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
 
+from llamas import data, tiny_llama  # noqa: E402
+
 # What transformers and accelerate themselves warn of is not ours to fail on.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 LR = 0.1
-
-
-def tiny_llama(dtype=torch.float32):
-    config = transformers.LlamaConfig(
-        vocab_size=models.VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=32,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        return transformers.LlamaForCausalLM(config).to(dtype)
-
-
-def data(count=24):
-    ids = models.tokens(batch=count)
-    return [{"input_ids": row, "labels": row} for row in ids]
 
 
 def train(model, optimizer, folder, resume=None, **options):

@@ -15,7 +15,7 @@ from lomo_kernels.integrations import unwrap
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
 
-from test_huggingface import data, tiny_llama  # noqa: E402
+from llamas import data, tiny_llama  # noqa: E402
 
 from lomo_kernels import integrations  # noqa: E402
 
@@ -71,7 +71,7 @@ def test_trl(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     trl = pytest.importorskip("trl", reason="trl is not installed")
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
-    from test_finetune import make_tiny
+    from finetuning import make_tiny
 
     folder = make_tiny(tmp_path / "tiny")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)

@@ -14,8 +14,8 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
 pytest.importorskip("transformers.distributed", reason="this transformers shards no model")
 
+from llamas import tiny_llama  # noqa: E402
 from shards import check_close, check_moved, check_same, whole  # noqa: E402
-from test_huggingface import tiny_llama  # noqa: E402
 from transformers.distributed import (  # noqa: E402
     DistributedConfig,
     load_optimizer_distributed,

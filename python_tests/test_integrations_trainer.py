@@ -14,7 +14,7 @@ from lomo_kernels.integrations import unwrap
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
 
-from test_huggingface import data, tiny_llama  # noqa: E402
+from llamas import data, tiny_llama  # noqa: E402
 
 from lomo_kernels.integrations import LomoCallback  # noqa: E402
 

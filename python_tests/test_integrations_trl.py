@@ -11,7 +11,7 @@ trl = pytest.importorskip("trl", reason="trl is not installed")
 datasets = pytest.importorskip("datasets", reason="datasets is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from test_finetune import make_tiny  # noqa: E402
+from finetuning import make_tiny  # noqa: E402
 
 from lomo_kernels.integrations import LomoCallback  # noqa: E402
 

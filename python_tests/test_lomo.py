@@ -748,33 +748,6 @@ def test_closure():
     assert models.difference(model, expected) < FP32
 
 
-class Spoil(torch.autograd.Function):
-    """Identity whose backward puts a value into the gradient, or raises."""
-
-    @staticmethod
-    def forward(context, x, value):
-        context.value = value
-        return x.clone()
-
-    @staticmethod
-    def backward(context, grad):
-        if context.value is None:
-            raise ZeroDivisionError("planted")
-        grad = grad.clone()
-        grad.view(-1)[0] = context.value
-        return grad, None
-
-
-def spoiled_loss(model, value, at):
-    """The loss with something wrong in the gradient that enters block `at` from above."""
-    block = model.blocks[at]
-    handle = block.register_forward_hook(lambda module, inputs, out: Spoil.apply(out, value))
-    try:
-        return models.loss_of(model)
-    finally:
-        handle.remove()
-
-
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("at", [0, 2])
 @pytest.mark.parametrize(
@@ -785,7 +758,7 @@ def test_overflow_with_a_global_norm_writes_nothing_at_all(value, at, options):
     optimizer = Lomo(model, lr=LR, **options)
     models.with_backward(optimizer, model, 0)
     before = models.snapshot(model)
-    optimizer.backward(spoiled_loss(model, value, at))
+    optimizer.backward(models.spoiled_loss(model, value, at))
     assert optimizer.last_step_skipped
     assert models.same(model, before)
     models.with_backward(optimizer, model, 1)
@@ -802,7 +775,7 @@ def test_overflow_in_one_backward_stops_the_rest(value, options):
     model, clean = models.build(), models.build()
     optimizer, other = Lomo(model, lr=LR, **options), Lomo(clean, lr=LR, **options)
     before = models.snapshot(model)
-    optimizer.backward(spoiled_loss(model, value, 1))
+    optimizer.backward(models.spoiled_loss(model, value, 1))
     other.backward(models.loss_of(clean))
     assert optimizer.last_step_skipped
     assert not other.last_step_skipped
@@ -825,7 +798,7 @@ def test_an_exception_in_backward_leaves_the_optimizer_usable(options):
     model = models.build()
     optimizer = Lomo(model, lr=LR, **options)
     with pytest.raises(ZeroDivisionError):
-        optimizer.backward(spoiled_loss(model, None, 1))
+        optimizer.backward(models.spoiled_loss(model, None, 1))
     assert all(p.grad is None for p in model.parameters())
     expected = models.build()
     expected.load_state_dict(model.state_dict())

@@ -10,7 +10,7 @@ import warnings
 import models
 import pytest
 import torch
-from test_lomo import spoiled_loss
+from drivers import by_backward, by_fused_backward, by_held_gradients, by_scaled_loop
 from torch import nn
 
 from lomo_kernels import Lomo, LossScale, ops
@@ -20,32 +20,9 @@ from lomo_kernels.optim.scalars import StepScalars
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 LR = 0.3
 
-
-def by_backward(optimizer, loss):
-    optimizer.backward(loss)
-
-
-def by_lomo_optim_s_calls(optimizer, loss):
-    optimizer.grad_norm(loss)
-    optimizer.fused_backward(loss, LR)
-
-
-def by_scaled_loop(optimizer, loss):
-    optimizer.zero_grad()
-    optimizer.scale(loss).backward()
-    optimizer.step()
-
-
-def by_held_gradients(optimizer, loss):
-    with optimizer.accumulate():
-        optimizer.scale(loss).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
 DRIVERS = {
     "backward": by_backward,
-    "grad_norm and fused_backward": by_lomo_optim_s_calls,
+    "grad_norm and fused_backward": by_fused_backward,
     "scaled loop": by_scaled_loop,
     "held gradients": by_held_gradients,
 }
@@ -89,14 +66,16 @@ def test_the_trajectory_is_gradscaler_s(options, drive):
     seen = set()
     for step in range(40):
         bad = generator.random() < 0.2
-        loss = spoiled_loss(model, math.inf, 1) if bad else models.loss_of(model, step)
+        loss = models.spoiled_loss(model, math.inf, 1) if bad else models.loss_of(model, step)
         assert optimizer.loss_scale == scaler.get_scale()
         before = models.snapshot(model)
         drive(optimizer, loss)
         assert optimizer.last_step_skipped == bad
         if bad and optimizer.clip_grad_norm is not None and optimizer.norm == "global":
             assert models.same(model, before)
-        scaler.scale(spoiled_loss(twin, math.inf, 1) if bad else models.loss_of(twin)).backward()
+        scaler.scale(
+            models.spoiled_loss(twin, math.inf, 1) if bad else models.loss_of(twin)
+        ).backward()
         scaler.step(sgd)
         scaler.update()
         sgd.zero_grad()
@@ -193,7 +172,7 @@ def test_with_auto_a_bare_backward_is_not_scaled_and_not_divided():
             models.loss_of(model, step).backward()
             optimizer.step()
     assert models.same(bare, models.snapshot(plain))
-    spoiled_loss(bare, math.inf, 1).backward()
+    models.spoiled_loss(bare, math.inf, 1).backward()
     first.step()
     assert first.last_step_skipped
     assert first.loss_scale == 65536.0  # which that overflow says nothing about
@@ -289,7 +268,7 @@ def test_an_exception_in_backward_leaves_the_scale(options):
     model = models.build()
     optimizer = Lomo(model, lr=LR, loss_scale=LossScale(64.0, growth_interval=1), **options)
     with pytest.raises(ZeroDivisionError):
-        optimizer.backward(spoiled_loss(model, None, 2))
+        optimizer.backward(models.spoiled_loss(model, None, 2))
     # without a norm pass the head was updated: that step counts
     after = 64.0 if options else 128.0
     assert optimizer.loss_scale == after
@@ -302,7 +281,7 @@ def test_a_norm_pass_that_no_backward_follows():
     """lomo_optim's loops go on to the next batch after an overflow: the scale has to fall."""
     model = models.build()
     optimizer = Lomo(model, lr=LR, clip_grad_norm=1.0, loss_scale=LossScale(64.0))
-    optimizer.grad_norm(spoiled_loss(model, math.nan, 1))
+    optimizer.grad_norm(models.spoiled_loss(model, math.nan, 1))
     loss = models.loss_of(model)
     optimizer.grad_norm(loss)
     optimizer.fused_backward(loss)
@@ -393,7 +372,7 @@ def test_one_warning_when_no_scale_helps(options):
     optimizer = Lomo(model, lr=LR, loss_scale=LossScale(4.0), **options)
 
     def skip():
-        optimizer.backward(spoiled_loss(model, math.nan, 1))
+        optimizer.backward(models.spoiled_loss(model, math.nan, 1))
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -416,7 +395,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, at, scale):
     def steps(optimizer, model, first, last):
         for step in range(first, last):
             bad = step in (1, 4)
-            loss = spoiled_loss(model, math.inf, 1) if bad else models.loss_of(model, step)
+            loss = models.spoiled_loss(model, math.inf, 1) if bad else models.loss_of(model, step)
             optimizer.backward(loss)
 
     def make():
@@ -444,7 +423,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, at, scale):
 def test_old_checkpoints_and_other_configurations():
     model = models.build(F16)
     optimizer = Lomo(model, lr=LR, loss_scale=LossScale(1024.0))
-    optimizer.backward(spoiled_loss(model, math.inf, 1))
+    optimizer.backward(models.spoiled_loss(model, math.inf, 1))
     saved = optimizer.state_dict()
     assert saved["loss_scale"] == {"grad_scale": 512.0, "growth_tracker": 0.0, "stuck": 0.0}
     fixed = Lomo(models.build(F16), loss_scale=64.0)

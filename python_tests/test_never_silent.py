@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import ways
-from test_lomo import spoiled_loss
 from test_reads import log_lines, silence
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -988,7 +987,7 @@ def test_a_dynamic_scale_has_a_warning_of_its_own():
     optimizer = Lomo(model, loss_scale=LossScale(2.0**40))
     with silence():
         for _ in range(30):  # the scale is on its way down
-            optimizer.backward(spoiled_loss(model, math.inf, 1))
+            optimizer.backward(models.spoiled_loss(model, math.inf, 1))
 
 
 # -- 11: a second optimizer over the same parameters -----------------------------------------------
@@ -1181,7 +1180,7 @@ def lomo_optim_s_loop(optimizer, model, losses, lr):
 def test_the_loop_of_lomo_optim_s_trainer(case):
     def loss_of(step):
         if step == 1:
-            return lambda model: spoiled_loss(model, math.inf, 1)
+            return lambda model: models.spoiled_loss(model, math.inf, 1)
         return lambda model: models.loss_of(model, step)
 
     model, expected = models.build(), models.build()
@@ -1208,7 +1207,7 @@ def test_what_lomo_optim_s_loops_look_at(case):
     assert optimizer.loss_scaler
     assert optimizer.loss_scaler.loss_scale == optimizer.loss_scale == 65536.0
     assert optimizer.loss_scaler.has_overflow_serial is False
-    case.step(optimizer, spoiled_loss(model, math.nan, 1))
+    case.step(optimizer, models.spoiled_loss(model, math.nan, 1))
     assert optimizer.loss_scaler
     assert optimizer.loss_scaler.has_overflow_serial is True
     assert optimizer.loss_scaler.loss_scale == optimizer.loss_scale == 32768.0

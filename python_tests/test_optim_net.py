@@ -8,7 +8,6 @@ import models
 import pytest
 import torch
 import torch.nn.functional as F
-from test_lomo import spoiled_loss
 from torch import nn
 
 from lomo_kernels import AdaLomo, Lomo, LossScale
@@ -315,7 +314,7 @@ def test_a_forward_whose_step_failed_does_not_count_for_the_next():
 
     (model, optimizer), (other, fresh) = make(), make()
     with pytest.raises(ZeroDivisionError):
-        optimizer.backward(spoiled_loss(model, None, 1))
+        optimizer.backward(models.spoiled_loss(model, None, 1))
     optimizer.backward(models.loss_of(model))
     fresh.backward(models.loss_of(other))
     assert optimizer.explain() == fresh.explain()

@@ -262,7 +262,7 @@ def test_commands_are_understood(line):
 def test_the_main_job_in_plain_torch_runs(tmp_path, monkeypatch):
     """On a model of a few thousand parameters instead of the real one."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    from test_finetune import make_tiny
+    from finetuning import make_tiny
 
     folder = make_tiny(tmp_path / "tiny")
     script = (ROOT / "examples" / "plain_torch.py").read_text()

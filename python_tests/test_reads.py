@@ -11,7 +11,6 @@ import models
 import pytest
 import torch
 import ways
-from test_lomo import spoiled_loss
 from torch import nn
 
 from lomo_kernels import AdaLomo, Lomo
@@ -659,7 +658,7 @@ def test_an_infinity_that_is_edited_away_is_none(case):
     model, expected = models.build(width=64), models.build(width=64)
     optimizer, theirs = case.make(model), case.in_torch(expected)
     for m in (model, expected):
-        spoiled_loss(m, math.inf, 1).backward()
+        models.spoiled_loss(m, math.inf, 1).backward()
         for p in m.parameters():
             torch.nan_to_num_(p.grad, nan=0.0, posinf=0.0, neginf=0.0)
     optimizer.step()

@@ -12,6 +12,7 @@ import ranks
 import shards
 import torch
 import torch.distributed as dist
+from drivers import by_backward, by_fused_backward, by_held_gradients, by_scaled_loop
 from shards import (
     CLIP,
     LR,
@@ -39,32 +40,7 @@ def local(tensor):
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-# -- ways to drive a step: (optimizer, loss) -------------------------------------------------------
-
-
-def by_backward(optimizer, loss):
-    optimizer.backward(loss)
-
-
-def by_lomo_optim_s_calls(optimizer, loss):
-    if optimizer.clip_grad_norm is not None and optimizer.norm == "global":
-        optimizer.grad_norm(loss)
-    optimizer.fused_backward(loss, optimizer.param_groups[0]["lr"])
-
-
-def by_loop(optimizer, loss):
-    optimizer.scale(loss).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def by_held_gradients(optimizer, loss):
-    with optimizer.accumulate():
-        optimizer.scale(loss).backward()
-    optimizer.step()
-
-
-DRIVERS = [by_backward, by_lomo_optim_s_calls, by_loop, by_held_gradients]
+DRIVERS = [by_backward, by_fused_backward, by_scaled_loop, by_held_gradients]
 GLOBAL = {"clip_grad_norm": CLIP}
 CLIPS = {
     "plain": {},
@@ -108,7 +84,7 @@ def combinations():
                 continue
             plain = clip in HOW or clip == "global norm"
             for drive in DRIVERS if plain and "," not in strategy else DRIVERS[:1]:
-                announced = drive in (by_backward, by_lomo_optim_s_calls, by_held_gradients)
+                announced = drive in (by_backward, by_fused_backward, by_held_gradients)
                 if is_global and not announced and strategy not in ("auto", "one_backward"):
                     continue  # one backward cannot know the norm
                 yield pytest.param(

@@ -5,6 +5,7 @@ import ranks
 import shards
 import torch
 import torch.distributed as dist
+from drivers import by_backward
 from shards import batch, check_close, check_moved, whole
 from test_sharded import (
     BF16,
@@ -13,7 +14,6 @@ from test_sharded import (
     GLOBAL,
     GLOBAL_STRATEGIES,
     STRATEGIES,
-    by_backward,
     local,
 )
 

@@ -9,6 +9,7 @@ import ranks
 import shards
 import torch
 import torch.distributed as dist
+from drivers import by_backward, by_fused_backward, by_loop
 from shards import CLIP, LR, batch, check_close, check_moved, check_still, whole
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
@@ -34,20 +35,6 @@ OPTIONS = pytest.mark.parametrize(
 # -- the optimizer came first ----------------------------------------------------------------------
 
 
-def by_backward(optimizer, loss):
-    optimizer.backward(loss)
-
-
-def by_lomo_optim_s_calls(optimizer, loss):
-    optimizer.grad_norm(loss)
-    optimizer.fused_backward(loss, LR)
-
-
-def by_loop(optimizer, loss):
-    loss.backward()
-    optimizer.step()
-
-
 @ranks.on(2)
 @OPTIONS
 @KINDS
@@ -56,7 +43,7 @@ def test_an_optimizer_made_before_the_model_was_sharded(world, kind, options):
 
 
 @ranks.on(2)
-@pytest.mark.parametrize("drive", [by_lomo_optim_s_calls, by_loop])
+@pytest.mark.parametrize("drive", [by_fused_backward, by_loop])
 @pytest.mark.parametrize("options", [{}, {"clip_grad_norm": CLIP}], ids=["plain", "auto"])
 def test_other_drivers_of_an_optimizer_made_before(world, options, drive):
     check_made_before(Lomo, options, drive)

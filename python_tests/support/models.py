@@ -3,6 +3,7 @@
 import functools
 import weakref
 
+import drivers
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -62,6 +63,33 @@ def loss_of(model, step=0, batch=4):
     ids = tokens(step, batch)
     logits = model(ids)[:, :-1].float()
     return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
+class Spoil(torch.autograd.Function):
+    """Identity whose backward puts a value into the gradient, or raises."""
+
+    @staticmethod
+    def forward(context, x, value):
+        context.value = value
+        return x.clone()
+
+    @staticmethod
+    def backward(context, grad):
+        if context.value is None:
+            raise ZeroDivisionError("planted")
+        grad = grad.clone()
+        grad.view(-1)[0] = context.value
+        return grad, None
+
+
+def spoiled_loss(model, value, at):
+    """The loss with something wrong in the gradient that enters block `at` from above."""
+    block = model.blocks[at]
+    handle = block.register_forward_hook(lambda module, inputs, out: Spoil.apply(out, value))
+    try:
+        return loss_of(model)
+    finally:
+        handle.remove()
 
 
 def difference(a, b):
@@ -128,35 +156,15 @@ FLOPS = {torch.ops.aten.addmm_: _addmm_flops}
 # -- ways to drive a step: (optimizer, model, step) ----------------------------------------------
 
 
-def with_loop(optimizer, model, step):
-    loss_of(model, step).backward()
-    optimizer.step()
-    optimizer.zero_grad()
+def _on_loss(drive):
+    return lambda optimizer, model, step: drive(optimizer, loss_of(model, step))
 
 
-def with_scaled_loop(optimizer, model, step):
-    optimizer.scale(loss_of(model, step)).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def with_fused_backward(optimizer, model, step):
-    loss = loss_of(model, step)
-    if optimizer.clip_grad_norm is not None and optimizer.norm == "global":
-        optimizer.grad_norm(loss)
-    optimizer.fused_backward(loss, optimizer.param_groups[0]["lr"])
-
-
-def with_backward(optimizer, model, step):
-    optimizer.backward(loss_of(model, step))
-
-
-def with_held_gradients(optimizer, model, step):
-    with optimizer.accumulate():
-        optimizer.scale(loss_of(model, step)).backward()
-    optimizer.step()
-
-
+with_loop = _on_loss(drivers.by_loop)
+with_scaled_loop = _on_loss(drivers.by_scaled_loop)
+with_fused_backward = _on_loss(drivers.by_fused_backward)
+with_backward = _on_loss(drivers.by_backward)
+with_held_gradients = _on_loss(drivers.by_held_gradients)
 DRIVERS = {
     "loop": with_loop,
     "scaled loop": with_scaled_loop,
