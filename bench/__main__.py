@@ -15,7 +15,7 @@ from pathlib import Path
 
 from . import (
     bench_adalomo,
-    bench_grad_norm,
+    bench_grad_sumsq,
     bench_host,
     bench_lomo_update,
     bench_product_sumsq,
@@ -31,7 +31,7 @@ from . import (
 JOBS = [
     each.jobs
     for each in (
-        bench_lomo_update, bench_grad_norm, bench_adalomo, bench_product_update,
+        bench_lomo_update, bench_grad_sumsq, bench_adalomo, bench_product_update,
         bench_product_sumsq, bench_host, bench_train_step,
     )
 ]  # fmt: skip

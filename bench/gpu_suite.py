@@ -31,13 +31,16 @@ from typing import NamedTuple
 
 import torch
 
+from lomo_kernels import ops
+
 ROOT = Path(__file__).parent.parent
 PARTS = ("tests", "kernels", "training")
 LEAST = 10  # seconds without which a step is not begun
 SHOWN = 40  # last lines of a step that failed
 # The tests whose cases are of the GPU. Those of the table of backends have them beside the CPU's.
-TABLE = ("update", "sumsq", "decide", "adalomo_update")
-PRODUCTS = ("product_update", "product_sumsq")
+TESTS = [function.__name__.removesuffix("_") for function in ops.OPERATIONS.values()]
+PRODUCTS = [name for name in TESTS if name.startswith("product_")]
+TABLE = [name for name in TESTS if name not in PRODUCTS]
 OPTIMIZER = (
     "test_gpu.py",
     "test_measure.py::test_peak_is_that_of_the_cuda_allocator",
@@ -50,7 +53,7 @@ KERNELS = ("lomo", "ada_", "sumsq_", "sum_partials", "decide_kernel", "product_"
 # initcheck does not see what kernels that it leaves out have written: touch.py has none of them.
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 TRAINING = ("train_step", "product_sumsq: LLaMA-7B, 32 layers, 512 tokens")
-KERNEL_JOBS = ("lomo_update", "grad_norm", "adalomo", "product_", "host")
+KERNEL_JOBS = (*ops.OPERATIONS, "host")
 
 
 class Step(NamedTuple):

@@ -25,7 +25,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 def kernels(rows):
     """The largest case of each kernel's bench."""
     for bench, title in (
-        ("lomo_update", "Update"), ("grad_norm", "Squared norm"), ("adalomo", "AdaLomo's update")
+        ("lomo_update", "Update"), ("grad_sumsq", "Squared norm"), ("adalomo", "AdaLomo's update")
     ):  # fmt: skip
         single = [r for r in rows if r["bench"] == bench and r["tensors"] == "1"]
         three = {r["case"] for r in single if r["dtype"] == "float16"}  # the others have bf16 alone

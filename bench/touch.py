@@ -150,8 +150,8 @@ def sums(param, out, backend):
     ops.adalomo_sums_(param, out=out, backend=backend)
 
 
-def products(check, pairs):
-    """Only Triton has kernels of them. Their sums have another order than the reference's."""
+def product_updates(check, pairs):
+    """Sums of products have another order than the reference's."""
     for param, factor in pairs:
         for rounding in roundings(param):
             close = 1e-4 if param is F32 or rounding == "split" else 2.0**-6
@@ -164,6 +164,9 @@ def products(check, pairs):
                     rounding=rounding, method="epilogue", close=close, low=low and low[0],
                     **OPTIONS, **scalars(**(SKIPPED if rows == 24 else {})),
                 )  # fmt: skip
+
+
+def product_norms(check, pairs):
     for dtype, _ in pairs:
         right = numbers(300, 40, dtype=dtype)
         weights = [[(numbers(300, n, dtype=dtype), right)] for n in (24, 33)]
@@ -171,10 +174,21 @@ def products(check, pairs):
         check(ops.product_sumsq_, *torch.zeros(2, 3), weights, close=1e-4)
 
 
-KERNELS = {
-    "native": (updates, norms, decisions, adalomo),
-    "triton": (updates, norms, decisions, adalomo, products),
+RUNS = {
+    "lomo_update": updates,
+    "grad_sumsq": norms,
+    "decide": decisions,
+    "adalomo": adalomo,
+    "product_update": product_updates,
+    "product_sumsq": product_norms,
 }
+
+
+def runs(backend, device):
+    """Those of the operations of which the backend has kernels."""
+    module = ops.pick_backend(device, backend)
+    return [RUNS[name] for name, function in ops.OPERATIONS.items()
+            if hasattr(module, function.__name__)]  # fmt: skip
 
 
 def backends(device):
@@ -186,7 +200,7 @@ def main():
     torch.manual_seed(0)
     for backend in backends(device):
         mine = functools.partial(check, device, backend)
-        for run in KERNELS[backend]:
+        for run in runs(backend, device):
             run(mine, FEW if backend == "triton" else PAIRS)
             print(f"{run.__name__} of {backend} on {device}: as the reference", flush=True)
     if device.type == "cuda":

@@ -3,8 +3,8 @@
 // atomics and no flags: the same bits whatever the grid.
 #pragma once
 #include "adalomo.h"
-#include "sumsq.cuh"
-#include "update.cuh"
+#include "grad_sumsq.cuh"
+#include "lomo_update.cuh"
 
 namespace lomo::cuda {
 

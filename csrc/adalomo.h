@@ -1,6 +1,6 @@
 // AdaLomo's update: the maths of one element and the order of every sum, for host and device alike.
 #pragma once
-#include "update.h"
+#include "lomo_update.h"
 
 namespace lomo {
 

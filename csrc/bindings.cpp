@@ -1,8 +1,10 @@
 // Python module _C: integers in, pointers out. No torch, no logic.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "kernels.h"
 
@@ -20,15 +22,61 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// A list of tensors comes as the address of rows of int64 with the layout of the struct.
-static_assert(sizeof(TensorRef) == 6 * sizeof(int64_t) && sizeof(GradRef) == 2 * sizeof(int64_t) &&
-              sizeof(AdaRef) == 14 * sizeof(int64_t) && sizeof(AdaPart) == 21 * sizeof(int64_t));
+// A list of tensors comes as the address of rows of int64 with the layout of a struct. Python knows
+// its fields by name, in the order in which they lie in memory.
+template <typename Struct>
+class Fields {
+ public:
+  template <typename Base, typename Field>
+  Fields& add(const char* name, Field Base::* field) {
+    static_assert(sizeof(Field) == sizeof(int64_t));
+    const Struct whole{};
+    const auto* at = reinterpret_cast<const char*>(&(whole.*field));
+    names_[(at - reinterpret_cast<const char*>(&whole)) / sizeof(int64_t)] = name;
+    return *this;
+  }
+  const std::vector<std::string>& names() const { return names_; }
+
+ private:
+  std::vector<std::string> names_ = std::vector<std::string>(sizeof(Struct) / sizeof(int64_t));
+};
+
+template <typename Struct>
+Fields<Struct> adalomo_fields() {
+  Fields<Struct> fields;
+  fields.add("param", &AdaRef::param).add("grad", &AdaRef::grad).add("low", &AdaRef::low);
+  fields.add("row", &AdaRef::row).add("col", &AdaRef::col).add("step", &AdaRef::step);
+  fields.add("sums", &AdaRef::sums).add("scratch", &AdaRef::scratch);
+  fields.add("batch", &AdaRef::batch).add("rows", &AdaRef::rows).add("cols", &AdaRef::cols);
+  fields.add("numel", &AdaRef::numel).add("param_id", &AdaRef::param_id);
+  return fields.add("factored", &AdaRef::factored);
+}
+
+py::dict structs() {
+  Fields<TensorRef> tensor;
+  tensor.add("param", &TensorRef::param).add("grad", &TensorRef::grad).add("low", &TensorRef::low);
+  tensor.add("numel", &TensorRef::numel).add("offset", &TensorRef::offset);
+  tensor.add("param_id", &TensorRef::param_id);
+  Fields<GradRef> grad;
+  grad.add("grad", &GradRef::grad).add("numel", &GradRef::numel);
+  Fields<AdaPart> part = adalomo_fields<AdaPart>();
+  part.add("passing", &AdaPart::passing).add("offset", &AdaPart::offset);
+  part.add("whole_rows", &AdaPart::whole_rows).add("whole_numel", &AdaPart::whole_numel);
+  part.add("joined", &AdaPart::joined).add("slot", &AdaPart::slot);
+  part.add("number", &AdaPart::number);
+  py::dict found;
+  found["TensorRef"] = tensor.names();
+  found["GradRef"] = grad.names();
+  found["AdaRef"] = adalomo_fields<AdaRef>().names();
+  found["AdaPart"] = part.names();
+  return found;
+}
 
 // Binds one update function; `where` are the trailing arguments that say where to run.
 template <typename... Where>
-auto update(Status (*run)(const TensorRef*, int64_t, DType, DType, Rounding, const UpdateArgs&,
-                          Where...),
-            const char* name) {
+auto lomo_update(Status (*run)(const TensorRef*, int64_t, DType, DType, Rounding, const UpdateArgs&,
+                               Where...),
+                 const char* name) {
   return [=](uintptr_t rows, int64_t count, int param, int grad, int rounding, double lr,
              double decay, double clip_value, uint32_t step, uint64_t seed, uintptr_t inv_scale,
              uintptr_t clip_coef, uintptr_t found_inf, uintptr_t skip, Where... where) {
@@ -49,8 +97,8 @@ auto update(Status (*run)(const TensorRef*, int64_t, DType, DType, Rounding, con
 }
 
 template <typename... Where>
-auto sumsq(Status (*run)(const GradRef*, int64_t, DType, const SumsqArgs&, Where...),
-           const char* name) {
+auto grad_sumsq(Status (*run)(const GradRef*, int64_t, DType, const SumsqArgs&, Where...),
+                const char* name) {
   return [=](uintptr_t rows, int64_t count, int grad, uintptr_t inv_scale, uintptr_t found_inf,
              uintptr_t out, uintptr_t partials, Where... where) {
     const SumsqArgs args{pointer<const float>(inv_scale), pointer<float>(found_inf),
@@ -127,13 +175,13 @@ auto adalomo_sums(Status (*run)(const AdaRef&, DType, Where...), const char* nam
 
 #ifdef LOMO_WITH_CUDA
 // A stream is an address; pybind11 has no caster from int to void*.
-Status cuda_update(const TensorRef* t, int64_t count, DType param, DType grad, Rounding rounding,
-                   const UpdateArgs& args, int device, uintptr_t stream) {
+Status cuda_lomo_update(const TensorRef* t, int64_t count, DType param, DType grad,
+                        Rounding rounding, const UpdateArgs& args, int device, uintptr_t stream) {
   return cuda::lomo_update(t, count, param, grad, rounding, args, device, pointer<void>(stream));
 }
 
-Status cuda_sumsq(const GradRef* t, int64_t count, DType grad, const SumsqArgs& args, int device,
-                  uintptr_t stream) {
+Status cuda_grad_sumsq(const GradRef* t, int64_t count, DType grad, const SumsqArgs& args,
+                       int device, uintptr_t stream) {
   return cuda::grad_sumsq(t, count, grad, args, device, pointer<void>(stream));
 }
 
@@ -141,8 +189,8 @@ Status cuda_decide(const DecideArgs& args, int device, uintptr_t stream) {
   return cuda::decide(args, device, pointer<void>(stream));
 }
 
-Status cuda_adalomo(const AdaRef* t, int64_t count, DType param, DType grad, Rounding rounding,
-                    const AdaArgs& args, int device, uintptr_t stream) {
+Status cuda_adalomo_update(const AdaRef* t, int64_t count, DType param, DType grad,
+                           Rounding rounding, const AdaArgs& args, int device, uintptr_t stream) {
   return cuda::adalomo_update(t, count, param, grad, rounding, args, device, pointer<void>(stream));
 }
 
@@ -159,6 +207,37 @@ Status cuda_adalomo_sums(const AdaRef& t, DType param, int device, uintptr_t str
 }
 #endif
 
+using Arg = py::arg;
+
+// The names of a function's arguments; `where` are those of the trailing ones.
+template <typename Function, typename... Where>
+void def_lomo_update(py::module_& m, const char* name, Function run, Where... where) {
+  m.def(name, run, Arg("rows"), Arg("count"), Arg("param"), Arg("grad"), Arg("rounding"), Arg("lr"),
+        Arg("decay"), Arg("clip_value"), Arg("step"), Arg("seed"), Arg("inv_scale"),
+        Arg("clip_coef"), Arg("found_inf"), Arg("skip"), where...);
+}
+
+template <typename Function, typename... Where>
+void def_grad_sumsq(py::module_& m, const char* name, Function run, Where... where) {
+  m.def(name, run, Arg("rows"), Arg("count"), Arg("grad"), Arg("inv_scale"), Arg("found_inf"),
+        Arg("sumsq"), Arg("partials"), where...);
+}
+
+template <typename Function, typename... Where>
+void def_decide(py::module_& m, const char* name, Function run, Where... where) {
+  m.def(name, run, Arg("decisions"), Arg("out"), Arg("sumsq"), Arg("count"), Arg("found_inf"),
+        Arg("flags"), Arg("max_norm"), Arg("min_scale"), Arg("growth_factor"),
+        Arg("backoff_factor"), Arg("growth_interval"), where...);
+}
+
+template <typename Function, typename... Where>
+void def_adalomo(py::module_& m, const char* name, Function run, Where... where) {
+  m.def(name, run, Arg("rows"), Arg("count"), Arg("param"), Arg("grad"), Arg("rounding"), Arg("lr"),
+        Arg("weight_decay"), Arg("eps_square"), Arg("eps_rms"), Arg("clip_threshold"),
+        Arg("clip_value"), Arg("seed"), Arg("inv_scale"), Arg("clip_coef"), Arg("found_inf"),
+        Arg("skip"), Arg("weights"), Arg("weights_count"), where...);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -169,21 +248,28 @@ PYBIND11_MODULE(_C, m) {
   roundings["nearest"] = int(Rounding::nearest);
   roundings["stochastic"] = int(Rounding::stochastic);
   roundings["split"] = int(Rounding::split);
-  m.attr("dtypes") = dtypes;
   calls["statistics"] = int(AdaCall::statistics);
   calls["squares"] = int(AdaCall::squares);
   calls["update"] = int(AdaCall::update);
+  m.attr("dtypes") = dtypes;
   m.attr("roundings") = roundings;
   m.attr("adalomo_calls") = calls;
   m.attr("norm_chunk") = kNormChunk;
+  m.attr("structs") = structs();
   m.attr("compiler") = LOMO_COMPILER;
 
-  m.def("cpu_update", update(&cpu::lomo_update, "lomo_update_ on the CPU"));
-  m.def("cpu_sumsq", sumsq(&cpu::grad_sumsq, "grad_sumsq_ on the CPU"));
-  m.def("cpu_decide", decide(&cpu::decide, "decide_ on the CPU"));
-  m.def("cpu_adalomo", adalomo(&cpu::adalomo_update, "adalomo_update_ on the CPU"));
-  m.def("cpu_adalomo_sums", adalomo_sums(&cpu::adalomo_sums, "adalomo_sums_ on the CPU"));
-  m.def("cpu_adalomo_parts", adalomo(&cpu_adalomo_parts, "AdalomoParts on the CPU"));
+  const Arg threads("threads");
+  def_lomo_update(m, "cpu_lomo_update", lomo_update(&cpu::lomo_update, "lomo_update_ on the CPU"),
+                  threads);
+  def_grad_sumsq(m, "cpu_grad_sumsq", grad_sumsq(&cpu::grad_sumsq, "grad_sumsq_ on the CPU"),
+                 threads);
+  def_decide(m, "cpu_decide", decide(&cpu::decide, "decide_ on the CPU"));
+  def_adalomo(m, "cpu_adalomo_update", adalomo(&cpu::adalomo_update, "adalomo_update_ on the CPU"),
+              threads);
+  def_adalomo(m, "cpu_adalomo_parts", adalomo(&cpu_adalomo_parts, "AdalomoParts on the CPU"),
+              Arg("call"), Arg("statistics"), Arg("squares"), threads);
+  m.def("cpu_adalomo_sums", adalomo_sums(&cpu::adalomo_sums, "adalomo_sums_ on the CPU"),
+        Arg("row"), Arg("param"), threads);
   m.def("adalomo_scratch", &adalomo_scratch);
   m.def("adalomo_kept", &adalomo_kept);
   m.def("cpu_instruction_set", &cpu::instruction_set);
@@ -192,12 +278,18 @@ PYBIND11_MODULE(_C, m) {
 #ifdef LOMO_WITH_CUDA
   m.attr("cuda_compiler") = LOMO_CUDA_COMPILER;
   m.attr("cuda_architectures") = LOMO_CUDA_ARCHITECTURES;
-  m.def("cuda_update", update(&cuda_update, "lomo_update_ on CUDA"));
-  m.def("cuda_sumsq", sumsq(&cuda_sumsq, "grad_sumsq_ on CUDA"));
-  m.def("cuda_decide", decide(&cuda_decide, "decide_ on CUDA"));
-  m.def("cuda_adalomo", adalomo(&cuda_adalomo, "adalomo_update_ on CUDA"));
-  m.def("cuda_adalomo_parts", adalomo(&cuda_adalomo_parts, "AdalomoParts on CUDA"));
-  m.def("cuda_adalomo_sums", adalomo_sums(&cuda_adalomo_sums, "adalomo_sums_ on CUDA"));
+  const Arg device("device"), stream("stream");
+  def_lomo_update(m, "cuda_lomo_update", lomo_update(&cuda_lomo_update, "lomo_update_ on CUDA"),
+                  device, stream);
+  def_grad_sumsq(m, "cuda_grad_sumsq", grad_sumsq(&cuda_grad_sumsq, "grad_sumsq_ on CUDA"), device,
+                 stream);
+  def_decide(m, "cuda_decide", decide(&cuda_decide, "decide_ on CUDA"), device, stream);
+  def_adalomo(m, "cuda_adalomo_update", adalomo(&cuda_adalomo_update, "adalomo_update_ on CUDA"),
+              device, stream);
+  def_adalomo(m, "cuda_adalomo_parts", adalomo(&cuda_adalomo_parts, "AdalomoParts on CUDA"),
+              Arg("call"), Arg("statistics"), Arg("squares"), device, stream);
+  m.def("cuda_adalomo_sums", adalomo_sums(&cuda_adalomo_sums, "adalomo_sums_ on CUDA"), Arg("row"),
+        Arg("param"), device, stream);
   m.def("cuda_device_count", [] {
     int count = 0;
     raise_if(cuda::device_count(&count), "cuda_device_count");

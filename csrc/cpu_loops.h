@@ -2,8 +2,8 @@
 #pragma once
 #include "adalomo.h"
 #include "kernels.h"
+#include "lomo_update.h"
 #include "philox.h"
-#include "update.h"
 
 namespace lomo::cpu {
 

@@ -7,8 +7,8 @@
 #include "adalomo.cuh"
 #include "decide.cuh"
 #include "dispatch.h"
-#include "sumsq.cuh"
-#include "update.cuh"
+#include "grad_sumsq.cuh"
+#include "lomo_update.cuh"
 
 namespace lomo::cuda {
 namespace {

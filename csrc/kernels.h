@@ -115,7 +115,7 @@ enum Decision {
   kDecisions
 };
 
-// lomo_kernels/ops/__init__.py, decide_, has the formulas.
+// lomo_kernels/ops/decide.py has the formulas.
 struct DecideArgs {
   float* decisions;
   float* out;          // null: nothing about the next step is decided

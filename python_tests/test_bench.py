@@ -15,7 +15,7 @@ from bench import (
 )
 from bench import (
     bench_adalomo,
-    bench_grad_norm,
+    bench_grad_sumsq,
     bench_lomo_update,
     bench_product_sumsq,
     bench_product_update,
@@ -106,7 +106,7 @@ def test_every_norm_is_the_norm(dtype):
     case = in_dtypes(CASE, dtype)
     (each, *_) = timing.sets_of(case, CPU)
     wanted = [torch.linalg.vector_norm(g.double()).item() for g in each.grads]
-    for rival in bench_grad_norm.rivals(case, CPU):
+    for rival in bench_grad_sumsq.rivals(case, CPU):
         if rival.what in ops.BACKENDS:
             run = rival.make(each)
             run()
@@ -226,7 +226,7 @@ def test_bytes_that_must_move():
     n = CASE.numel
     found = {r.options: r.bytes / n for r in bench_lomo_update.rivals(CASE, CPU)}
     assert (found["plain"], found["all"], found["all, split"], found["with norm"]) == (6, 6, 10, 8)
-    assert {r.bytes / n for r in bench_grad_norm.rivals(CASE, CPU)} == {2}
+    assert {r.bytes / n for r in bench_grad_sumsq.rivals(CASE, CPU)} == {2}
     assert {r.options: r.bytes / n for r in bench_adalomo.rivals(CASE, CPU)}["plain"] == 10
     mixed = in_dtypes(CASE, torch.float32, torch.bfloat16)
     assert bench_lomo_update.traffic(mixed, "plain") == 10 * n
@@ -533,13 +533,13 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     """Small sizes, a second of each bench; then the rows are held to the targets."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     monkeypatch.setattr(timing, "ROUNDS", 3)
-    for only in ("options", "grad_norm", "train_step"):
+    for only in ("options", "grad_sumsq", "train_step"):
         arguments = ["--minutes", "5", "--largest", "4096", "--only", only, "--out", str(tmp_path)]
         monkeypatch.setattr(sys, "argv", ["bench", *arguments])
         assert bench.main() == 0
     name = record.device_name()
     rows = record.load(tmp_path / f"{name}.csv")
-    assert {r["bench"] for r in rows} == {"lomo_update", "grad_norm", "train_step"}
+    assert {r["bench"] for r in rows} == {"lomo_update", "grad_sumsq", "train_step"}
     steps = {(r["what"], r["options"]): r for r in rows if r["bench"] == "train_step"}
     assert set(steps) == set(bench_train_step.STEPS)
     for key in (("Lomo", "auto"), ("AdamW", ""), ("floor", "")):
@@ -558,8 +558,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 def test_a_bench_alone_prints_every_row(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(timing, "ROUNDS", 3)
     arguments = ["--minutes", "5", "--largest", "4096", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["bench_grad_norm", *arguments])
-    suite.main([bench_grad_norm.jobs], bench_grad_norm.__doc__)
+    monkeypatch.setattr(sys, "argv", ["bench_grad_sumsq", *arguments])
+    suite.main([bench_grad_sumsq.jobs], bench_grad_sumsq.__doc__)
     rows = record.load(tmp_path / f"{record.device_name()}.csv")
     printed = capsys.readouterr().out
     assert printed.count(" of copy") == len(rows) > 20
@@ -571,7 +571,7 @@ def test_no_rows_no_plots(tmp_path):
 
 def test_rows_of_another_folder_are_taken(tmp_path, monkeypatch, capsys):
     here, there = tmp_path / "here", tmp_path / "there"
-    ours = row("grad_norm", "large", "native", "plain", 40, commit="abc", device="d")
+    ours = row("grad_sumsq", "large", "native", "plain", 40, commit="abc", device="d")
     for folder, rows in ((here, [ours]), (there, [{**ours, "p50_us": "39"}])):
         record.merge(folder / "cpu.csv", rows, suite.KEY, suite.FIELDS)
     files = ["--take", str(there / "cpu.csv"), "--out", str(here)]

@@ -124,7 +124,7 @@ def test_cuda_kernel_bodies(ranges, far):
     block = far // 4096
     library.test_only_blocks(block - 1, block + 1)
     try:
-        module.cuda_update(
+        module.cuda_lomo_update(
             rows.data_ptr(), 1, native._C.dtypes["bfloat16"], native._C.dtypes["bfloat16"],
             native._C.roundings["nearest"], 1.0, 1.0, float("inf"), 0, 0, 0, 0, 0, 0, 0, 0,
         )  # fmt: skip
@@ -137,7 +137,7 @@ def test_cuda_kernel_bodies(ranges, far):
         library.test_only_blocks(chunk - 1, chunk + 1)
         partials = torch.zeros(count // native.NORM_CHUNK)
         rows = torch.tensor([g.address, count])
-        module.cuda_sumsq(
+        module.cuda_grad_sumsq(
             rows.data_ptr(), 1, native._C.dtypes["bfloat16"], 0, 0, partials.data_ptr(),
             partials.data_ptr(), 0, 0,
         )  # fmt: skip

@@ -172,7 +172,7 @@ def test_a_dry_run_of_the_suite_walks_the_course_on_a_fake_gpu(tmp_path, monkeyp
         gpu_suite,
         "KERNEL_JOBS",
         (
-            "grad_norm: LLaMA-65B norm 8192, bfloat16",
+            "grad_sumsq: LLaMA-65B norm 8192, bfloat16",
             "product_update",
         ),
     )
@@ -218,6 +218,11 @@ def test_touch_runs_every_native_kernel(monkeypatch, capsys):
     printed = capsys.readouterr().out
     for name in ("updates", "norms", "decisions", "adalomo"):
         assert f"{name} of native on" in printed
+    assert "product" not in printed
+
+
+def test_touch_has_every_operation():
+    assert touch.RUNS.keys() == ops.OPERATIONS.keys()
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, under Triton's interpreter
@@ -225,9 +230,10 @@ def test_touch_runs_triton_s_kernels_of_products():
     if torch.cuda.is_available():
         pytest.skip("a step of the suite, on a GPU")
     check = functools.partial(touch.check, torch.device("cpu"), "triton")
-    touch.products(check, touch.FEW)
+    for run in touch.product_updates, touch.product_norms:
+        run(check, touch.FEW)
     with pytest.raises(AssertionError, match="not close"):
-        touch.products(lambda *a, close, **k: check(*a, close=1e-9, **k), touch.FEW[1:])
+        touch.product_updates(lambda *a, close, **k: check(*a, close=1e-9, **k), touch.FEW[1:])
 
 
 def wrong(param, grad, *, backend, lr):

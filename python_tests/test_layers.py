@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from lomo_kernels import ops
+from lomo_kernels.ops import native, reference, triton
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lomo_kernels"
 
@@ -102,6 +105,28 @@ def test_bench_imports_itself_in_no_circle():
 def test_shapes_of_bench_need_no_transformers():
     code = "import sys; import bench.shapes, bench.costs; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize(("name", "contract"), ops.OPERATIONS.items(), ids=str)
+def test_the_files_of_an_operation_have_its_name(name, contract):
+    assert contract.__module__ == f"lomo_kernels.ops.{name}"
+    assert contract.__name__ in ops.__all__
+    product = name.startswith("product_")  # made of matrix products, which C++ does not write anew
+    files = [f"lomo_kernels/ops/triton/{name}.py", f"bench/bench_{name}.py", f"csrc/{name}.cuh"]
+    missing = {f"bench/bench_{name}.py"} if name == "decide" else set()  # one block of 256 numbers
+    missing |= {f"csrc/{name}.cuh"} if product else set()
+    assert {file for file in files if not (ROOT / file).exists()} == missing
+    assert (ROOT / f"python_tests/test_{contract.__name__.removesuffix('_')}.py").exists()
+    columns = (triton,) if product else (triton, native, reference)
+    assert all(callable(getattr(column, contract.__name__)) for column in columns)
+
+
+def test_every_kernel_belongs_to_an_operation():
+    shared = {"tables"}  # arguments and vectors
+    assert {p.stem for p in (ROOT / "csrc").glob("*.cuh")} - shared <= ops.OPERATIONS.keys()
+    shared = {"__init__", "common"}
+    kernels = {p.stem for p in (PACKAGE / "ops" / "triton").glob("*.py")} - shared
+    assert kernels == ops.OPERATIONS.keys()
 
 
 def test_only_native_imports_the_extension_module():

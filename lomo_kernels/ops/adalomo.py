@@ -8,6 +8,7 @@ import torch
 
 from . import checks
 from .backends import pick_backend
+from .lists import grouped
 from .reference import Part, Tiles
 
 LAST_STEP = 1 << 20
@@ -189,7 +190,7 @@ class Update:
         if parts is None:
             parts = [None] * len(params)
 
-        rules = {}
+        rows, keys = [], []
         for p, g, own, low, sums, param_id, part in zip(
             params, grads, states, lows, all_sums, param_ids, parts
         ):
@@ -199,10 +200,7 @@ class Update:
             _check_state(own, p)
             if sums is not None:
                 _check_sums("sums", sums, p, tiles)
-            rule = "nearest" if p.dtype is torch.float32 else rounding
-            if rule == "split":
-                checks.check_low(low, p)
-            rows = rules.setdefault((p.dtype, g.dtype, rule), [])
+            keys.append((p.dtype, g.dtype, checks.rounding_of(p, low, rounding)))
             rows.append((p, g, own, low, sums, param_id, tiles, part or Part(p.shape)))
 
         wide = checks.widest(inv_scale, clip_coef, found_inf, skip, *all_sums)
@@ -220,9 +218,9 @@ class Update:
             "found_inf": found_inf,
             "skip": skip,
         }
-        for (_, _, rule), rows in rules.items():
+        for (_, _, rule), places in grouped(keys).items():
             items = []
-            for p, g, own, low, sums, param_id, tiles, part in rows:
+            for p, g, own, low, sums, param_id, tiles, part in (rows[k] for k in places):
                 dense, low = p.detach(), low if rule == "split" else None
                 if not p.is_contiguous():
                     dense, dense_low = dense.contiguous(), None if low is None else low.contiguous()

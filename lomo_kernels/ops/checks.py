@@ -154,6 +154,15 @@ def check_low(low, param):
         raise ValueError(f"low must have param's strides {param.stride()}, got {low.stride()}")
 
 
+def rounding_of(param, low, rounding):
+    """The rounding of a parameter, and `low` checked; "nearest" where it is wider than 16 bits."""
+    if param.dtype.itemsize > 2:
+        return "nearest"
+    if rounding == "split":
+        check_low(low, param)
+    return rounding
+
+
 def same_layout(a, b):
     """Whether two tensors of one shape keep their elements in one memory order."""
     return (a.is_contiguous() and b.is_contiguous()) or all(

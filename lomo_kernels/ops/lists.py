@@ -1,6 +1,14 @@
 """What operations on lists of tensors share."""
 
 
+def grouped(keys):
+    """What shares a launch: {key: places in the list, ascending}, in the order of the keys."""
+    groups = {}
+    for place, key in enumerate(keys):
+        groups.setdefault(key, []).append(place)
+    return groups
+
+
 def scatter_(flat, places, values):
     """flat[places] = values, without a list of indices on its way to the device: it would wait.
 

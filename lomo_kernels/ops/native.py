@@ -1,6 +1,7 @@
 """Tensors to `_C`: addresses, sizes and codes. The only module that imports `_C`."""
 
 from array import array
+from collections import namedtuple
 
 import torch
 
@@ -9,6 +10,10 @@ from .. import _C
 _DTYPE = {getattr(torch, name): code for name, code in _C.dtypes.items()}
 _ROUNDING = _C.roundings
 NORM_CHUNK = _C.norm_chunk
+# Rows of lists of tensors, filled by name: the order of their fields is C++'s (csrc/kernels.h).
+TensorRef, GradRef, AdaRef, AdaPart = (
+    namedtuple(name, _C.structs[name]) for name in ("TensorRef", "GradRef", "AdaRef", "AdaPart")
+)
 
 
 def build_info():
@@ -49,28 +54,31 @@ def _numel(tensor):
 
 
 def _where(device):
-    """The trailing arguments of a call: threads on the CPU, device and stream on CUDA."""
+    """The arguments that say where a call runs: threads on the CPU, device and stream on CUDA."""
     if device.type == "cpu":
-        return (torch.get_num_threads(),)
-    return device.index, torch.cuda.current_stream(device).cuda_stream
+        return {"threads": torch.get_num_threads()}
+    return {"device": device.index, "stream": torch.cuda.current_stream(device).cuda_stream}
 
 
 def lomo_update_(
-    params, grads, lows, offsets, param_ids, *, lr, decay, clip_value, step, seed, rounding,
-    inv_scale, clip_coef, found_inf, skip,
+    params, grads, lows, offsets, param_ids, *, rounding, inv_scale, clip_coef, found_inf, skip,
+    **numbers,
 ):  # fmt: skip
     rows = array("q")
     for param, grad, low, offset, param_id in zip(params, grads, lows, offsets, param_ids):
         rows.extend(
-            (param.data_ptr(), grad.data_ptr(), _address(low), param.numel(), offset, param_id)
-        )
+            TensorRef(
+                param=param.data_ptr(), grad=grad.data_ptr(), low=_address(low),
+                numel=param.numel(), offset=offset, param_id=param_id,
+            )
+        )  # fmt: skip
     device = params[0].device
-    run = _C.cpu_update if device.type == "cpu" else _C.cuda_update
+    run = _C.cpu_lomo_update if device.type == "cpu" else _C.cuda_lomo_update
     run(
-        rows.buffer_info()[0], len(params), _DTYPE[params[0].dtype], _DTYPE[grads[0].dtype],
-        _ROUNDING[rounding], lr, decay, clip_value, step, seed,
-        _address(inv_scale), _address(clip_coef), _address(found_inf), _address(skip),
-        *_where(device),
+        rows=rows.buffer_info()[0], count=len(params), param=_DTYPE[params[0].dtype],
+        grad=_DTYPE[grads[0].dtype], rounding=_ROUNDING[rounding], inv_scale=_address(inv_scale),
+        clip_coef=_address(clip_coef), found_inf=_address(found_inf), skip=_address(skip),
+        **numbers, **_where(device),
     )  # fmt: skip
 
 
@@ -78,39 +86,38 @@ def grad_sumsq_(sumsq, grads, *, inv_scale, found_inf):
     rows = array("q")
     chunks = 0
     for grad in grads:
-        rows.extend((grad.data_ptr(), grad.numel()))
+        rows.extend(GradRef(grad=grad.data_ptr(), numel=grad.numel()))
         chunks += max(1, -(-grad.numel() // NORM_CHUNK))
     device = sumsq.device
     partials = sumsq.new_empty(chunks) if chunks > len(grads) else None
-    run = _C.cpu_sumsq if device.type == "cpu" else _C.cuda_sumsq
+    run = _C.cpu_grad_sumsq if device.type == "cpu" else _C.cuda_grad_sumsq
     run(
-        rows.buffer_info()[0], len(grads), _DTYPE[grads[0].dtype],
-        _address(inv_scale), _address(found_inf), sumsq.data_ptr(), _address(partials),
-        *_where(device),
+        rows=rows.buffer_info()[0], count=len(grads), grad=_DTYPE[grads[0].dtype],
+        inv_scale=_address(inv_scale), found_inf=_address(found_inf), sumsq=sumsq.data_ptr(),
+        partials=_address(partials), **_where(device),
     )  # fmt: skip
 
 
-def decide_(
-    decisions, sumsq, found_inf, out, *, max_norm, min_scale, growth_factor, backoff_factor,
-    growth_interval,
-):  # fmt: skip
+def decide_(decisions, sumsq, found_inf, out, **numbers):
     device = decisions.device
-    run, where = (_C.cpu_decide, ()) if device.type == "cpu" else (_C.cuda_decide, _where(device))
+    run, where = (_C.cpu_decide, {}) if device.type == "cpu" else (_C.cuda_decide, _where(device))
     run(
-        decisions.data_ptr(), _address(out), _address(sumsq), _numel(sumsq), _address(found_inf),
-        _numel(found_inf), max_norm, min_scale, growth_factor, backoff_factor, growth_interval,
-        *where,
+        decisions=decisions.data_ptr(), out=_address(out), sumsq=_address(sumsq),
+        count=_numel(sumsq), found_inf=_address(found_inf), flags=_numel(found_inf), **numbers,
+        **where,
     )  # fmt: skip
 
 
 def _row_of(item, scratch):
-    """csrc/kernels.h, AdaRef"""
+    """The fields of an AdaRef, by name."""
     tiles, row = item.tiles, item.row if item.tiles.factored else item.full
-    return (
-        item.param.data_ptr(), item.grad.data_ptr(), _address(item.low), _address(row),
-        _address(item.col), item.step.data_ptr(), item.sums.data_ptr(), scratch,
-        tiles.batch, tiles.rows, tiles.cols, item.param.numel(), item.param_id, tiles.factored,
-    )  # fmt: skip
+    return {
+        "param": item.param.data_ptr(), "grad": item.grad.data_ptr(), "low": _address(item.low),
+        "row": _address(row), "col": _address(item.col), "step": item.step.data_ptr(),
+        "sums": item.sums.data_ptr(), "scratch": scratch, "batch": tiles.batch, "rows": tiles.rows,
+        "cols": tiles.cols, "numel": item.param.numel(), "param_id": item.param_id,
+        "factored": tiles.factored,
+    }  # fmt: skip
 
 
 def adalomo_scratch(tiles):
@@ -127,28 +134,30 @@ def adalomo_update_(items, *, weights, **options):
     rows, place = array("q"), scratch.data_ptr() + 4 * shared
     for item, size in zip(items, sizes):
         factored = item.tiles.factored
-        rows.extend(_row_of(item, scratch.data_ptr() if factored else place))
+        rows.extend(AdaRef(**_row_of(item, scratch.data_ptr() if factored else place)))
         place += 0 if factored else 4 * size
-    run = _C.cpu_adalomo if weights.device.type == "cpu" else _C.cuda_adalomo
-    _run_adalomo(run, rows, items, (), weights, **options)
+    _run_adalomo("adalomo_update", rows, items, weights, **options)
 
 
 def _run_adalomo(
-    run, rows, items, more, weights, *, lr, weight_decay, eps, clip_threshold, clip_value, seed,
-    rounding, inv_scale, clip_coef, found_inf, skip,
-):  # fmt: skip
+    name, rows, items, weights, *, eps, rounding, inv_scale, clip_coef, found_inf, skip, **others
+):
+    device = weights.device
+    run = getattr(_C, f"{device.type}_{name}")
     run(
-        rows.buffer_info()[0], len(items), _DTYPE[items[0].param.dtype],
-        _DTYPE[items[0].grad.dtype], _ROUNDING[rounding], lr, weight_decay, *eps, clip_threshold,
-        clip_value, seed, _address(inv_scale), _address(clip_coef), _address(found_inf),
-        _address(skip), weights.data_ptr(), len(weights), *more, *_where(weights.device),
+        rows=rows.buffer_info()[0], count=len(items), param=_DTYPE[items[0].param.dtype],
+        grad=_DTYPE[items[0].grad.dtype], rounding=_ROUNDING[rounding], eps_square=eps[0],
+        eps_rms=eps[1], inv_scale=_address(inv_scale), clip_coef=_address(clip_coef),
+        found_inf=_address(found_inf), skip=_address(skip), weights=weights.data_ptr(),
+        weights_count=len(weights), **others, **_where(device),
     )  # fmt: skip
 
 
-def _parts_call(call, rows, items, statistics, squares, *, weights, **options):
-    run = _C.cpu_adalomo_parts if weights.device.type == "cpu" else _C.cuda_adalomo_parts
-    more = (_C.adalomo_calls[call], statistics.data_ptr(), _address(squares))
-    _run_adalomo(run, rows, items, more, weights, **options)
+def _run_parts(call, rows, items, statistics, squares, *, weights, **options):
+    _run_adalomo(
+        "adalomo_parts", rows, items, weights, call=_C.adalomo_calls[call],
+        statistics=statistics.data_ptr(), squares=_address(squares), **options,
+    )  # fmt: skip
 
 
 def adalomo_memory(items):
@@ -168,27 +177,31 @@ def adalomo_statistics_(out, items, *, weights, **options):
     rows, place = array("q"), kept.data_ptr()
     for item, size in zip(items, sizes):
         part = item.part
-        rows.extend(_row_of(item, place))
         rows.extend(
-            (once.data_ptr(), part.offset, part.shape[0] if part.joined else item.tiles.rows,
-             part.shape.numel(), part.joined, part.slot, part.number)
+            AdaPart(
+                **_row_of(item, place), passing=once.data_ptr(), offset=part.offset,
+                whole_rows=part.shape[0] if part.joined else item.tiles.rows,
+                whole_numel=part.shape.numel(), joined=part.joined, slot=part.slot,
+                number=part.number,
+            )
         )  # fmt: skip
         place += 4 * size
-    _parts_call("statistics", rows, items, out, None, weights=weights, **options)
+    _run_parts("statistics", rows, items, out, None, weights=weights, **options)
     return rows, kept
 
 
 def adalomo_squares_(out, items, kept, statistics, **options):
-    _parts_call("squares", kept[0], items, statistics, out, **options)
+    _run_parts("squares", kept[0], items, statistics, out, **options)
 
 
 def adalomo_parts_update_(items, kept, statistics, squares, **options):
-    _parts_call("update", kept[0], items, statistics, squares, **options)
+    _run_parts("update", kept[0], items, statistics, squares, **options)
 
 
 def adalomo_sums_(sums, param, tiles):
-    row = array("q", [0] * 14)
-    row[0], row[6] = param.data_ptr(), sums.data_ptr()
-    row[8:12] = array("q", [tiles.batch, tiles.rows, tiles.cols, param.numel()])
+    row = dict.fromkeys(AdaRef._fields, 0)
+    row |= {"param": param.data_ptr(), "sums": sums.data_ptr(), "numel": param.numel()}
+    row |= {"batch": tiles.batch, "rows": tiles.rows, "cols": tiles.cols}
+    row = array("q", AdaRef(**row))
     run = _C.cpu_adalomo_sums if sums.device.type == "cpu" else _C.cuda_adalomo_sums
-    run(row.buffer_info()[0], _DTYPE[param.dtype], *_where(sums.device))
+    run(row=row.buffer_info()[0], param=_DTYPE[param.dtype], **_where(sums.device))

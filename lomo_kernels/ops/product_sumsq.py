@@ -4,7 +4,7 @@ import torch
 
 from . import checks, factors
 from .backends import pick_backend, unavailable
-from .lists import scatter_
+from .lists import grouped, scatter_
 
 TILE = 128  # tokens of a tile of a Gram matrix
 # Through torch a tile costs several launches; on a GPU only embeddings go there, few of them.
@@ -72,11 +72,8 @@ def product_sumsq_(sumsq, magnitude, products, *, inv_scale=None, found_inf=None
     weights = [_checked(each, sumsq.device) for each in products]
     kernels = _kernels(sumsq.device, backend)
 
-    groups = {}  # what shares a launch and the products of `right` -> places of weights
-    for place, pairs in enumerate(weights):
-        groups.setdefault(_key(pairs), []).append(place)
     launches = {}
-    for places in groups.values():
+    for places in grouped(map(_key, weights)).values():
         group = [weights[place] for place in places]
         if kernels is not None and _fits_kernel(group[0]):
             launches.setdefault(group[0][0][1].dtype, []).append((places, group))

@@ -77,10 +77,7 @@ def product_update_(
     if param.is_inference():
         raise ValueError("param must not be an inference tensor: autograd cannot see it change")
     checks.check_scalars(param.device, inv_scale, clip_coef, found_inf, skip)
-    if param.dtype.itemsize > 2:
-        rounding = "nearest"
-    elif rounding == "split":
-        checks.check_low(low, param)
+    rounding = checks.rounding_of(param, low, rounding)
     rows, cols = param.shape
     pairs = factors.check_products(products, rows, cols, param.device)
     rights = [right for _, right in pairs]

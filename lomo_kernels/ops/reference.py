@@ -10,6 +10,11 @@ import torch
 NORM_LANES = 2048
 NORM_CHUNK = 8 * NORM_LANES
 DECIDE_LANES = 256
+# Elements of the tensor that `decide_` works on.
+DECISIONS = (
+    "inv_scale", "clip_coef", "found_inf", "skip", "total_norm", "grad_scale", "growth_tracker",
+    "stuck",
+)  # fmt: skip
 TILE_ROWS, TILE_COLS = 64, 256  # together a NORM_CHUNK
 ADALOMO_LANES = 8
 _LOW_32_BITS = 0xFFFFFFFF

@@ -59,16 +59,17 @@ class Backend:
 
 def _cuda_in_place_of_cpu(real):
     cuda = cuda_on_cpu.module()
+
+    def on_cuda(name):
+        def call(threads=None, **arguments):
+            getattr(cuda, f"cuda_{name}")(**arguments, device=0, stream=0)
+
+        return call
+
+    names = [name.removeprefix("cpu_") for name in dir(real) if name.startswith("cpu_")]
     return types.SimpleNamespace(
         **{name: getattr(real, name) for name in dir(real) if not name.startswith("_")}
-        | {
-            "cpu_update": lambda *args: cuda.cuda_update(*args[:-1], 0, 0),
-            "cpu_sumsq": lambda *args: cuda.cuda_sumsq(*args[:-1], 0, 0),
-            "cpu_adalomo": lambda *args: cuda.cuda_adalomo(*args[:-1], 0, 0),
-            "cpu_adalomo_parts": lambda *args: cuda.cuda_adalomo_parts(*args[:-1], 0, 0),
-            "cpu_adalomo_sums": lambda *args: cuda.cuda_adalomo_sums(*args[:-1], 0, 0),
-            "cpu_decide": lambda *args: cuda.cuda_decide(*args, 0, 0),
-        }
+        | {f"cpu_{name}": on_cuda(name) for name in names if hasattr(cuda, f"cuda_{name}")}
     )
 
 

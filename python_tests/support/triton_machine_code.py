@@ -17,6 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from lomo_kernels import ops
 from lomo_kernels.ops import reference
 from lomo_kernels.ops.triton import (
     adalomo,
@@ -73,7 +74,7 @@ def compile_kernel(kernel, target, types, num_warps, num_stages=None, **constant
     return triton.compile(source, target=target, options=options)
 
 
-def cases(target):
+def of_lomo_update(target):
     for param, grad, rounding in (
         ("bfloat16", "bfloat16", "nearest"), ("bfloat16", "bfloat16", "stochastic"),
         ("bfloat16", "bfloat16", "split"), ("float16", "float16", "nearest"),
@@ -96,12 +97,18 @@ def cases(target):
                 lomo_update.lomo_update_list_kernel, target, types, warps, **constants,
                 ALIGNED=True, P_INT=triton.language.int16, G_INT=triton.language.int16,
             )  # fmt: skip
+
+
+def of_grad_sumsq(target):
     for dtype in ("bfloat16", "float16", "float32"):
         yield f"sumsq-{dtype}", compile_kernel(
             grad_sumsq.sumsq_chunk_kernel, target, {"g_ptr": pointer(dtype)},
             8 if target.backend == "cuda" else 4, G=dtype, LEVELS=11,
             ROWS=reference.NORM_CHUNK // reference.NORM_LANES,
         )  # fmt: skip
+
+
+def of_adalomo(target):
     for dtype, roundings in (
         ("bfloat16", ("nearest", "stochastic", "split")), ("float16", ("stochastic",)),
         ("float32", ("nearest",)),
@@ -121,11 +128,16 @@ def cases(target):
                 adalomo.ada_update_kernel, target, types | {"p_ptr": pointer(dtype)}, warps,
                 P=dtype, G=dtype, ROUNDING=rounding, GROUPED=True, FACTORED=True, **low,
             )  # fmt: skip
+
+
+def of_decide(target):
     yield "decide", compile_kernel(
         decide.decide_kernel, target, {}, 4, CLIP=True, GROWTH=2.0, BACKOFF=0.5, INTERVAL=2000,
         LEVELS=8,
     )  # fmt: skip
 
+
+def of_product_update(target):
     for param, factor, rounding, more in (
         ("bfloat16", "bfloat16", "nearest", 0), ("bfloat16", "bfloat16", "stochastic", 1),
         ("bfloat16", "bfloat16", "split", 1), ("float16", "float16", "stochastic", 0),
@@ -143,6 +155,9 @@ def cases(target):
             P=param, FACTOR=common.type_of(getattr(torch, factor)), ROUNDING=rounding,
             GROUPED=True, ALIGNED=True, **shape, **none,
         )  # fmt: skip
+
+
+def of_product_sumsq(target):
     for factor in ("bfloat16", "float16", "float32"):
         dtype = getattr(torch, factor)
         shape = product_sumsq.configuration(
@@ -158,6 +173,11 @@ def cases(target):
         "product_sums",
         compile_kernel(product_sumsq.product_sums_kernel, target, types, 4, LANES=256),
     )
+
+
+def cases(target):
+    for name in ops.OPERATIONS:
+        yield from globals()[f"of_{name}"](target)
 
 
 def nvidia(compiled):

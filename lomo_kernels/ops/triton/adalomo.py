@@ -7,10 +7,13 @@ import triton.language as tl
 from .. import reference
 from .common import (
     EXACT,
+    GROUP,
+    GROUP_BITS,
     as_bits,
     bits_to_float,
     clipped,
     deal,
+    in_groups,
     is_finite,
     merge,
     name_of,
@@ -23,7 +26,15 @@ from .common import (
     split_high,
     split_low,
 )
-from .grad_sumsq import add_neighbours, sum_lanes
+from .grad_sumsq import LEVELS, add_neighbours, sum_lanes
+
+# csrc/adalomo.h, Note [Tiles]. A tile is looked at some of its rows at a time, as many as lanes.
+TILE_ROWS, TILE_COLS = tl.constexpr(reference.TILE_ROWS), tl.constexpr(reference.TILE_COLS)
+LANES = tl.constexpr(reference.ADALOMO_LANES)
+STEPS = tl.constexpr(reference.TILE_ROWS // reference.ADALOMO_LANES)
+SIZE = tl.constexpr(reference.NORM_LANES)  # elements of a step
+TILE_LEVELS = tl.constexpr(LEVELS)  # of pairs, until one of them is left
+ROW_LEVELS = tl.constexpr(reference.TILE_COLS.bit_length() - 1)
 
 
 @triton.jit
@@ -43,20 +54,25 @@ def moment(before, square, weight, eps):
 
 @triton.jit
 def add_eight(lanes):
-    """[8, 256] -> [256]: neighbouring rows in pairs."""
-    left, right = tl.split(tl.permute(tl.reshape(lanes, [4, 2, 256]), (0, 2, 1)))
-    left, right = tl.split(tl.permute(tl.reshape(left + right, [2, 2, 256]), (0, 2, 1)))
-    left, right = tl.split(tl.permute(tl.reshape(left + right, [2, 256]), (1, 0)))
+    """[LANES, TILE_COLS] -> [TILE_COLS]: neighbouring rows in pairs."""
+    left, right = tl.split(tl.permute(tl.reshape(lanes, [4, 2, TILE_COLS]), (0, 2, 1)))
+    left, right = tl.split(tl.permute(tl.reshape(left + right, [2, 2, TILE_COLS]), (0, 2, 1)))
+    left, right = tl.split(tl.permute(tl.reshape(left + right, [2, TILE_COLS]), (1, 0)))
     return left + right
 
 
 @triton.jit
+def tile_sum(lanes):
+    return add_neighbours(tl.reshape(lanes, [SIZE]), TILE_LEVELS)
+
+
+@triton.jit
 def tile_rows(tile, step, rows, cols, numel, down, across):
-    """Eight rows of a tile: index of each element [8, 256], and whether there is one."""
+    """Rows of a tile: index of each element [LANES, TILE_COLS], and whether there is one."""
     line = tile // across
     batch = (line // down).to(tl.int64)
-    row = (line % down) * 64 + step * 8 + tl.arange(0, 8)
-    col = (tile % across) * 256 + tl.arange(0, 256)
+    row = (line % down) * TILE_ROWS + step * LANES + tl.arange(0, LANES)
+    col = (tile % across) * TILE_COLS + tl.arange(0, TILE_COLS)
     first = (batch * rows + row) * cols
     at = first[:, None] + col[None, :]
     return at, (row < rows)[:, None] & (col < cols)[None, :] & (at < numel)
@@ -71,17 +87,17 @@ def ada_stats_kernel(
     line = tile // across
     batch, ti, tj = (line // down).to(tl.int64), line % down, tile % across
     inv_scale, clip_coef = one_or(inv_scale_ptr, 1.0), one_or(clip_coef_ptr, 1.0)
-    lanes = tl.zeros([8, 256], tl.float32)
-    for step in tl.range(0, 8, num_stages=3):  # unrolled, Triton 3.6 spills registers
+    lanes = tl.zeros([LANES, TILE_COLS], tl.float32)
+    for step in tl.range(0, STEPS, num_stages=3):  # unrolled, Triton 3.6 spills registers
         at, live = tile_rows(tile, step, rows, cols, numel, down, across)
         g = bits_to_float(tl.load(g_ptr + at, mask=live, other=0), G)
         x = clipped(tl.where(is_finite(g), g, float("nan")), inv_scale, clip_value, clip_coef)
         square = x * x
         lanes = lanes + square
-        row = ti * 64 + step * 8 + tl.arange(0, 8)
-        sums = add_neighbours(tl.reshape(square, [2048]), 8)
+        row = ti * TILE_ROWS + step * LANES + tl.arange(0, LANES)
+        sums = add_neighbours(tl.reshape(square, [SIZE]), ROW_LEVELS)
         tl.store(row_parts_ptr + (batch * across + tj) * rows + row, sums, mask=row < rows)
-    col = tj * 256 + tl.arange(0, 256)
+    col = tj * TILE_COLS + tl.arange(0, TILE_COLS)
     tl.store(col_parts_ptr + (batch * down + ti) * cols + col, add_eight(lanes), mask=col < cols)
 
 
@@ -90,30 +106,30 @@ def ada_moments_kernel(
     parts_ptr, before_ptr, new_ptr, means_ptr, parts, size, other, groups,
     step_ptr, weights_ptr, weights_count, eps,
 ):  # fmt: skip
-    """256 rows, or columns, of one matrix: their sums of `parts` parts and their new moments; the
-    sums instead where there is no `before_ptr`."""
+    """TILE_COLS rows, or columns, of one matrix: their sums of `parts` parts and their new moments;
+    the sums instead where there is no `before_ptr`."""
     batch, group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
-    place = group * 256 + tl.arange(0, 256)
+    place = group * TILE_COLS + tl.arange(0, TILE_COLS)
     first = parts_ptr + batch * parts * size
-    lanes = tl.zeros([8, 256], tl.float32)
+    lanes = tl.zeros([LANES, TILE_COLS], tl.float32)
     k = 0
     while k < parts:
-        part = k + tl.arange(0, 8)
+        part = k + tl.arange(0, LANES)
         live = (part < parts)[:, None] & (place < size)[None, :]
         at = part.to(tl.int64)[:, None] * size + place[None, :]
         lanes = lanes + tl.load(first + at, mask=live, other=0.0)
-        k += 8
+        k += LANES
     new = add_eight(lanes)
     live = place < size
     if before_ptr is not None:
-        mean = tl.div_rn(new, tl.full([256], 1.0, tl.float32) * other.to(tl.float32))
+        mean = tl.div_rn(new, tl.full([TILE_COLS], 1.0, tl.float32) * other.to(tl.float32))
         weight = weight_of(tl.load(step_ptr), weights_ptr, weights_count)
         before = tl.load(before_ptr + batch * size + place, mask=live, other=0.0)
         new = tl.where(live, moment(before, mean, weight, eps), 0.0)
     tl.store(new_ptr + batch * size + place, new, mask=live)
     if means_ptr is not None:
         at = means_ptr + batch * groups + group
-        tl.store(at + tl.arange(0, 1), add_neighbours(new, 8))
+        tl.store(at + tl.arange(0, 1), add_neighbours(new, ROW_LEVELS))
 
 
 @triton.jit
@@ -121,11 +137,12 @@ def ada_updates(
     g, at, live, tile, step, mean, col_factor, row_ptr, rows, down, across,
     inv_scale, clip_value, clip_coef, weight, eps, FACTORED: tl.constexpr,
 ):  # fmt: skip
-    """The updates [8, 256], 0 where there is no element, and the new moments or the updates."""
+    """The updates [LANES, TILE_COLS], 0 where there is no element, and the new moments or, again,
+    the updates."""
     x = clipped(tl.where(is_finite(g), g, float("nan")), inv_scale, clip_value, clip_coef)
     if FACTORED:
         line = tile // across
-        row = (line % down) * 64 + step * 8 + tl.arange(0, 8)
+        row = (line % down) * TILE_ROWS + step * LANES + tl.arange(0, LANES)
         of_row = row_ptr + (line // down).to(tl.int64) * rows + row
         ratio = tl.div_rn(tl.load(of_row, mask=row < rows, other=0.0), mean)
         u = (x * inverse_root(ratio)[:, None]) * col_factor[None, :]
@@ -139,13 +156,13 @@ def ada_updates(
 @triton.jit
 def mean_row(means_ptr, tile, groups, whole_rows, down, across):
     batch = (tile // across // down).to(tl.int64)
-    total = sum_lanes(means_ptr + batch * groups, groups, 8)
+    total = sum_lanes(means_ptr + batch * groups, groups, ROW_LEVELS)
     return tl.div_rn(total, tl.full([1], 1.0, tl.float32) * whole_rows.to(tl.float32))
 
 
 @triton.jit
 def col_factors(col_ptr, tile, cols, down, across):
-    col = (tile % across) * 256 + tl.arange(0, 256)
+    col = (tile % across) * TILE_COLS + tl.arange(0, TILE_COLS)
     batch = (tile // across // down).to(tl.int64)
     return inverse_root(tl.load(col_ptr + batch * cols + col, mask=col < cols, other=0.0))
 
@@ -164,9 +181,9 @@ def ada_norm_kernel(
     if FACTORED:
         mean = mean_row(means_ptr, tile, groups, whole_rows, down, across)
         col_factor = col_factors(col_ptr, tile, cols, down, across)
-    lanes = tl.zeros([8, 256], tl.float32)
+    lanes = tl.zeros([LANES, TILE_COLS], tl.float32)
     step = 0
-    while step < 8:  # unrolled it would take too many registers
+    while step < STEPS:  # unrolled it would take too many registers
         at, live = tile_rows(tile, step, rows, cols, numel, down, across)
         g = bits_to_float(tl.load(g_ptr + at, mask=live, other=0), G)
         u, _ = ada_updates(
@@ -175,18 +192,18 @@ def ada_norm_kernel(
         )  # fmt: skip
         lanes = lanes + u * u
         step += 1
-    tl.store(norms_ptr + tile + tl.arange(0, 1), add_neighbours(tl.reshape(lanes, [2048]), 11))
+    tl.store(norms_ptr + tile + tl.arange(0, 1), tile_sum(lanes))
 
 
 @triton.jit
 def ada_sums_kernel(p_ptr, sums_ptr, rows, cols, numel, down, across, P: tl.constexpr):
     tile = tl.program_id(0)
-    lanes = tl.zeros([8, 256], tl.float32)
-    for step in tl.static_range(8):
+    lanes = tl.zeros([LANES, TILE_COLS], tl.float32)
+    for step in tl.static_range(STEPS):
         at, live = tile_rows(tile, step, rows, cols, numel, down, across)
         x = bits_to_float(tl.load(p_ptr + at, mask=live, other=0), P)
         lanes = lanes + x * x
-    tl.store(sums_ptr + tile + tl.arange(0, 1), add_neighbours(tl.reshape(lanes, [2048]), 11))
+    tl.store(sums_ptr + tile + tl.arange(0, 1), tile_sum(lanes))
 
 
 @triton.jit
@@ -196,8 +213,8 @@ def ada_step_kernel(
 ):  # fmt: skip
     """step_of() of csrc/adalomo.h"""
     n = tl.full([1], 1.0, tl.float32) * tl.maximum(numel, 1).to(tl.float32)
-    update_square = sum_lanes(norms_ptr, tiles, 11)
-    param_square = sum_lanes(sums_ptr, tiles, 11)
+    update_square = sum_lanes(norms_ptr, tiles, TILE_LEVELS)
+    param_square = sum_lanes(sums_ptr, tiles, TILE_LEVELS)
     rms = tl.div_rn(tl.sqrt_rn(tl.div_rn(update_square, n)), clip_threshold + n * 0.0)
     divisor = tl.where(rms < 1.0, 1.0, rms)
     size = tl.sqrt_rn(tl.div_rn(param_square, n))
@@ -216,9 +233,9 @@ def ada_step_kernel(
 @triton.jit
 def ada_tell_kernel(out_ptr, norms_ptr, tiles, means_ptr, groups):
     """A part's sums for the other ranks: of squares and, after the first sweep, of moments."""
-    tl.store(out_ptr + tl.arange(0, 1), sum_lanes(norms_ptr, tiles, 11))
+    tl.store(out_ptr + tl.arange(0, 1), sum_lanes(norms_ptr, tiles, TILE_LEVELS))
     if means_ptr is not None:
-        tl.store(out_ptr + 1 + tl.arange(0, 1), sum_lanes(means_ptr, groups, 8))
+        tl.store(out_ptr + 1 + tl.arange(0, 1), sum_lanes(means_ptr, groups, ROW_LEVELS))
 
 
 @triton.jit(do_not_specialize=["offset", "param_id", "seed"])
@@ -243,16 +260,16 @@ def ada_update_kernel(
             mean = mean_row(means_ptr, tile, groups, whole_rows, down, across)
             col_factor = col_factors(new_col_ptr, tile, cols, down, across)
             if tj == 0:
-                row = ti * 64 + tl.arange(0, 64)
+                row = ti * TILE_ROWS + tl.arange(0, TILE_ROWS)
                 new = tl.load(new_row_ptr + batch * rows + row, mask=row < rows)
                 tl.store(row_ptr + batch * rows + row, new, mask=row < rows)
             if ti == 0:
-                col = tj * 256 + tl.arange(0, 256)
+                col = tj * TILE_COLS + tl.arange(0, TILE_COLS)
                 new = tl.load(new_col_ptr + batch * cols + col, mask=col < cols)
                 tl.store(col_ptr + batch * cols + col, new, mask=col < cols)
-        lanes = tl.zeros([8, 256], tl.float32)
+        lanes = tl.zeros([LANES, TILE_COLS], tl.float32)
         step = 0
-        while step < 8:
+        while step < STEPS:
             at, live = tile_rows(tile, step, rows, cols, numel, down, across)
             p = tl.load(p_ptr + at, mask=live, other=0)
             g = bits_to_float(tl.load(g_ptr + at, mask=live, other=0), G)
@@ -273,14 +290,15 @@ def ada_update_kernel(
                 tl.store(low_ptr + at, split_low(master), mask=live)
             elif ROUNDING == "stochastic":
                 if GROUPED:
-                    row = ti * 64 + step * 8 + tl.arange(0, 8)
-                    first = (batch * rows + row) * (cols // 8) + tj * 32
-                    group = offset // 8 + first[:, None] + tl.arange(0, 32)[None, :]
+                    row = ti * TILE_ROWS + step * LANES + tl.arange(0, LANES)
+                    first = (batch * rows + row) * (cols // GROUP) + tj * (TILE_COLS // GROUP)
+                    group = first[:, None] + tl.arange(0, TILE_COLS // GROUP)[None, :]
+                    group = offset // GROUP + group
                     w0, w1, w2, w3 = random_group(group, seed, number, param_id)
-                    random = tl.reshape(deal(w0, w1, w2, w3), [8, 256])
+                    random = tl.reshape(deal(w0, w1, w2, w3), [LANES, TILE_COLS])
                 else:
                     element = at + offset
-                    w0, w1, w2, w3 = random_group(element >> 3, seed, number, param_id)
+                    w0, w1, w2, w3 = random_group(element >> GROUP_BITS, seed, number, param_id)
                     random = pick(w0, w1, w2, w3, element)
                 rounded = round_stochastic(master, random, P)
             else:
@@ -289,7 +307,7 @@ def ada_update_kernel(
             x = tl.where(live, bits_to_float(rounded, P), 0.0)
             lanes = lanes + x * x
             step += 1
-        tl.store(sums_ptr + tile + tl.arange(0, 1), add_neighbours(tl.reshape(lanes, [2048]), 11))
+        tl.store(sums_ptr + tile + tl.arange(0, 1), tile_sum(lanes))
 
 
 class Sweeps:
@@ -310,7 +328,8 @@ class Sweeps:
         self.factored = tiles.factored and item.param.numel() > 0
         self.kind = {"G": name_of(item.grad.dtype), "FACTORED": self.factored}
         # The mean of the rows' moments: sums of groups of rows, and their number; of how many rows.
-        self.means, self.groups, self.whole_rows = None, triton.cdiv(tiles.rows, 256), tiles.rows
+        self.means, self.whole_rows = None, tiles.rows
+        self.groups = triton.cdiv(tiles.rows, reference.TILE_COLS)
         sizes = [2, tiles.count]
         if tiles.factored:
             sizes += [tiles.batch * n for n in (tiles.rows, tiles.cols, self.groups)]
@@ -335,7 +354,7 @@ class Sweeps:
         self.moments(col_parts, before, new, None, down, cols, rows)
 
     def moments(self, parts, before, new, means, count, size, other):
-        groups = triton.cdiv(size, 256)
+        groups = triton.cdiv(size, reference.TILE_COLS)
         ada_moments_kernel[(self.item.tiles.batch * groups,)](
             parts, before, new, means, count, size, other, groups, self.item.step, **self.table,
             eps=self.eps, **self.launch,
@@ -362,7 +381,7 @@ class Sweeps:
     def update(self):
         item = self.item
         own = item.row if item.tiles.factored else item.full
-        grouped = self.shape["cols"] % 8 == 0 and item.part.offset % 8 == 0
+        grouped = in_groups(self.shape["cols"], item.part.offset)
         ada_update_kernel[(item.tiles.count,)](
             as_bits(item.param), as_bits(item.grad), item.low, own, item.col, self.row, self.col,
             self.means, self.groups, self.whole_rows, item.sums, self.scalars, item.step,

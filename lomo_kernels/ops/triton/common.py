@@ -13,6 +13,13 @@ import triton.language as tl
 
 EXACT = {"enable_fp_fusion": False}  # one rounding per operation
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+# Elements whose random bits are one call of Philox (csrc/philox.h): 2**GROUP_BITS.
+GROUP, GROUP_BITS = tl.constexpr(8), tl.constexpr(3)
+
+
+def columns(count):
+    """Places in a row of a table of `count` columns, and after them `count` itself."""
+    return map(tl.constexpr, range(count + 1))
 
 
 @triton.jit
@@ -97,7 +104,7 @@ def deal(w0, w1, w2, w3):
 @triton.jit
 def pick(w0, w1, w2, w3, element):
     """The bits of each element from the words of its group."""
-    k = (element & 7) >> 1
+    k = (element & (GROUP - 1)) >> 1
     word = tl.where(k < 2, tl.where(k == 0, w0, w1), tl.where(k == 2, w2, w3))
     return (word >> ((element & 1) * 16).to(tl.uint32)) & 0xFFFF
 
@@ -105,12 +112,13 @@ def pick(w0, w1, w2, w3, element):
 @triton.jit
 def random_bits(first, seed, step, param_id, SIZE: tl.constexpr, GROUPED: tl.constexpr):
     """Sixteen bits for each of the elements [first, first + SIZE)."""
-    if GROUPED:  # first is a multiple of 8: one call for eight elements, dealt out by joins
-        w0, w1, w2, w3 = random_group(first // 8 + tl.arange(0, SIZE // 8), seed, step, param_id)
+    if GROUPED:  # first is a multiple of GROUP: one call for its elements, dealt out by joins
+        group = first // GROUP + tl.arange(0, SIZE // GROUP)
+        w0, w1, w2, w3 = random_group(group, seed, step, param_id)
         return tl.reshape(deal(w0, w1, w2, w3), [SIZE])
     else:
         element = first + tl.arange(0, SIZE)
-        w0, w1, w2, w3 = random_group(element >> 3, seed, step, param_id)
+        w0, w1, w2, w3 = random_group(element >> GROUP_BITS, seed, step, param_id)
         return pick(w0, w1, w2, w3, element)
 
 
@@ -142,6 +150,11 @@ def one_or(pointer, value):
     if pointer is not None:
         value = tl.load(pointer)
     return value
+
+
+def in_groups(*numbers):
+    """Whether elements begin and end where groups of random bits do."""
+    return all(number % GROUP.value == 0 for number in numbers)
 
 
 def name_of(dtype):

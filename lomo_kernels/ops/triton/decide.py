@@ -4,8 +4,13 @@ import triton
 import triton.language as tl
 
 from .. import reference
-from .common import EXACT, is_finite, on_current
+from .common import EXACT, columns, is_finite, on_current
 from .grad_sumsq import add_neighbours
+
+INV_SCALE, CLIP_COEF, FOUND_INF, SKIP, TOTAL_NORM, GRAD_SCALE, GROWTH_TRACKER, STUCK, _ = columns(
+    len(reference.DECISIONS)
+)
+LEVELS = reference.DECIDE_LANES.bit_length() - 1
 
 
 @triton.jit(do_not_specialize=["count", "flags"])
@@ -26,23 +31,23 @@ def decide_kernel(
             row += LANES
         total = tl.sum(add_neighbours(lanes, LEVELS), 0)  # of one element
         norm = tl.sqrt_rn(total.to(tl.float32))
-        tl.store(d_ptr + 4, norm)
+        tl.store(d_ptr + TOTAL_NORM, norm)
         if CLIP:
             coef = tl.div_rn(max_norm, norm + 1e-6)
-            tl.store(d_ptr + 1, tl.where(coef > 1.0, 1.0, coef))
-    found = (tl.load(d_ptr + 2) != 0.0) | (tl.load(d_ptr + 3) != 0.0)
+            tl.store(d_ptr + CLIP_COEF, tl.where(coef > 1.0, 1.0, coef))
+    found = (tl.load(d_ptr + FOUND_INF) != 0.0) | (tl.load(d_ptr + SKIP) != 0.0)
     if found_ptr is not None:
         k = 0
         while k < flags:
             found = found | (tl.load(found_ptr + k) != 0.0)
             k += 1
     flag = tl.where(found, 1.0, 0.0)
-    tl.store(d_ptr + 2, flag)
-    tl.store(d_ptr + 3, flag)
+    tl.store(d_ptr + FOUND_INF, flag)
+    tl.store(d_ptr + SKIP, flag)
     if out_ptr is not None:
-        scale = tl.load(d_ptr + 5)
-        tracker = tl.load(d_ptr + 6)
-        stuck = tl.load(d_ptr + 7)
+        scale = tl.load(d_ptr + GRAD_SCALE)
+        tracker = tl.load(d_ptr + GROWTH_TRACKER)
+        stuck = tl.load(d_ptr + STUCK)
         if INTERVAL > 0:
             wide = scale.to(tl.float64)
             lower = (wide * tl.full([], BACKOFF, tl.float64)).to(tl.float32)
@@ -54,14 +59,14 @@ def decide_kernel(
             scale = tl.where(found, tl.where(at_floor, scale, lower), kept)
             tracker = tl.where(found | grow, 0.0, tracker + 1.0)
             stuck = tl.where(found & at_floor, stuck + 1.0, 0.0)
-        tl.store(out_ptr, tl.div_rn(1.0, scale))
-        tl.store(out_ptr + 1, 1.0)
-        tl.store(out_ptr + 2, 0.0)
-        tl.store(out_ptr + 3, 0.0)
-        tl.store(out_ptr + 4, 0.0)
-        tl.store(out_ptr + 5, scale)
-        tl.store(out_ptr + 6, tracker)
-        tl.store(out_ptr + 7, stuck)
+        tl.store(out_ptr + INV_SCALE, tl.div_rn(1.0, scale))
+        tl.store(out_ptr + CLIP_COEF, 1.0)
+        tl.store(out_ptr + FOUND_INF, 0.0)
+        tl.store(out_ptr + SKIP, 0.0)
+        tl.store(out_ptr + TOTAL_NORM, 0.0)
+        tl.store(out_ptr + GRAD_SCALE, scale)
+        tl.store(out_ptr + GROWTH_TRACKER, tracker)
+        tl.store(out_ptr + STUCK, stuck)
 
 
 def decide_(
@@ -73,6 +78,6 @@ def decide_(
             decisions, out, sumsq, 0 if sumsq is None else sumsq.numel(),
             found_inf, 0 if found_inf is None else found_inf.numel(), max_norm, min_scale,
             CLIP=max_norm > 0, GROWTH=growth_factor, BACKOFF=backoff_factor,
-            INTERVAL=growth_interval, LEVELS=reference.DECIDE_LANES.bit_length() - 1,
+            INTERVAL=growth_interval, LEVELS=LEVELS,
             num_warps=4, **EXACT,
         )  # fmt: skip

@@ -1,10 +1,13 @@
-"""Squared norm of a gradient in the declared order; csrc/sumsq.cuh."""
+"""Squared norm of a gradient in the declared order; csrc/grad_sumsq.cuh."""
 
 import triton
 import triton.language as tl
 
 from .. import reference
 from .common import EXACT, as_bits, bits_to_float, name_of, on_current, one_or
+
+LEVELS = reference.NORM_LANES.bit_length() - 1  # of pairs until one lane is left
+ROWS = reference.NORM_CHUNK // reference.NORM_LANES
 
 
 @triton.jit
@@ -67,15 +70,14 @@ def sum_partials_kernel(partials_ptr, n, out_ptr, LEVELS: tl.constexpr):
 
 
 def grad_sumsq_(sumsq, grads, *, inv_scale, found_inf):
-    chunk = reference.NORM_CHUNK
-    sizes = {"LEVELS": reference.NORM_LANES.bit_length() - 1, "num_warps": 8, **EXACT}
+    sizes = {"LEVELS": LEVELS, "num_warps": 8, **EXACT}
     with on_current(sumsq.device):
         for k, grad in enumerate(grads):
-            chunks = max(1, triton.cdiv(grad.numel(), chunk))
+            chunks = max(1, triton.cdiv(grad.numel(), reference.NORM_CHUNK))
             partials = sumsq[k] if chunks == 1 else sumsq.new_empty(chunks)
             sumsq_chunk_kernel[(chunks,)](
                 as_bits(grad), grad.numel(), inv_scale, found_inf, partials,
-                G=name_of(grad.dtype), ROWS=chunk // reference.NORM_LANES, **sizes,
+                G=name_of(grad.dtype), ROWS=ROWS, **sizes,
             )  # fmt: skip
             if chunks > 1:
                 sum_partials_kernel[(1,)](partials, chunks, sumsq[k], **sizes)

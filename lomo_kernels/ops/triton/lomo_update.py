@@ -1,4 +1,4 @@
-"""The fused update; csrc/update.h and csrc/update.cuh."""
+"""The fused update; csrc/lomo_update.h and csrc/lomo_update.cuh."""
 
 import torch
 import triton
@@ -8,9 +8,11 @@ from .common import (
     EXACT,
     as_bits,
     bits_to_float,
-    clipped,
+    columns,
+    in_groups,
     int_type,
     is_finite,
+    lomo_update,
     merge,
     name_of,
     on_current,
@@ -23,12 +25,9 @@ from .common import (
     to_device,
 )
 
+# Of the table of a list, a row for each tensor.
+PARAM, GRAD, LOW, NUMEL, OFFSET, PARAM_ID, FIRST_BLOCK, ROW = columns(7)
 BLOCK = 1024  # elements of a program: 8 for each of the 128 threads, 16 bytes of a 16-bit type
-
-
-@triton.jit
-def lomo_update(p, g, lr, decay, inv_scale, clip_value, clip_coef):
-    return p * decay - lr * clipped(g, inv_scale, clip_value, clip_coef)
 
 
 @triton.jit
@@ -94,17 +93,17 @@ def lomo_update_list_kernel(
     P: tl.constexpr, G: tl.constexpr, P_INT: tl.constexpr, G_INT: tl.constexpr,
     ROUNDING: tl.constexpr, GROUPED: tl.constexpr, ALIGNED: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    row = rows_ptr + tl.load(tensor_of_block_ptr + tl.program_id(0)) * 7
-    p_ptr = tl.load(row).to(tl.pointer_type(P_INT))
-    g_ptr = tl.load(row + 1).to(tl.pointer_type(G_INT))
-    low_ptr = tl.load(row + 2).to(tl.pointer_type(tl.int16))
-    n = tl.load(row + 3)
+    row = rows_ptr + tl.load(tensor_of_block_ptr + tl.program_id(0)) * ROW
+    p_ptr = tl.load(row + PARAM).to(tl.pointer_type(P_INT))
+    g_ptr = tl.load(row + GRAD).to(tl.pointer_type(G_INT))
+    low_ptr = tl.load(row + LOW).to(tl.pointer_type(tl.int16))
+    n = tl.load(row + NUMEL)
     if ALIGNED:  # what Triton finds out by itself about arguments
         p_ptr, g_ptr = tl.multiple_of(p_ptr, 16), tl.multiple_of(g_ptr, 16)
         low_ptr, n = tl.multiple_of(low_ptr, 16), tl.multiple_of(n, 16)
-    begin = (tl.program_id(0) - tl.load(row + 6)) * SIZE
+    begin = (tl.program_id(0) - tl.load(row + FIRST_BLOCK)) * SIZE
     update_block(
-        p_ptr, g_ptr, low_ptr, begin, n, tl.load(row + 4), tl.load(row + 5),
+        p_ptr, g_ptr, low_ptr, begin, n, tl.load(row + OFFSET), tl.load(row + PARAM_ID),
         lr, decay, clip_value, step, seed,
         inv_scale_ptr, clip_coef_ptr, found_inf_ptr, skip_ptr, P, G, ROUNDING, GROUPED, SIZE,
     )  # fmt: skip
@@ -121,7 +120,7 @@ def lomo_update_(
     device = params[0].device
     formats = {"P": name_of(params[0].dtype), "G": name_of(grads[0].dtype), "ROUNDING": rounding}
     scalars = (lr, decay, clip_value, step, seed, inv_scale, clip_coef, found_inf, skip)
-    grouped = all(offset % 8 == 0 for offset in offsets)
+    grouped = in_groups(*offsets)
     with on_current(device):
         if len(params) == 1:
             lomo_update_kernel[(_blocks(params[0]),)](
@@ -138,7 +137,7 @@ def lomo_update_(
             first += blocks[-1]
         table = torch.tensor(rows, dtype=torch.int64)
         which = torch.arange(len(rows)).repeat_interleave(torch.tensor(blocks))
-        aligned = all(value % 16 == 0 for row in rows for value in row[:4])
+        aligned = all(value % 16 == 0 for row in rows for value in row[: NUMEL.value + 1])
         lomo_update_list_kernel[(first,)](
             to_device(table, device), to_device(which, device), *scalars, **formats,
             P_INT=int_type(params[0].dtype), G_INT=int_type(grads[0].dtype),

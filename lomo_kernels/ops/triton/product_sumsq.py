@@ -9,6 +9,7 @@ import triton.language as tl
 from .common import (
     EXACT,
     add_dot,
+    columns,
     is_finite,
     on_current,
     one_or,
@@ -19,10 +20,11 @@ from .common import (
 )
 from .product_update import dense_rows
 
-# Rows of the tables in int64.
-GROUP = 4  # first program, first weight, weights, uses of each: weights with the same inputs
-WEIGHT = 4  # rows, columns, first use, first of its partial sums
-USE = 6  # left, right, distance of left's rows, of right's rows, tokens, first tile
+# Columns of the tables in int64, and after them how many a row has.
+FIRST_PROGRAM, FIRST_WEIGHT, WEIGHTS, USES, GROUP = columns(4)  # weights with the same inputs
+ROWS, COLS, FIRST_USE, FIRST_PARTIAL, WEIGHT = columns(4)
+LEFT, RIGHT, LEFT_STRIDE, RIGHT_STRIDE, TOKENS, FIRST_TILE, USE = columns(6)
+PLACE, FIRST, COUNT, SUM = columns(3)  # of a weight: its partial sums, and where their sum goes
 
 
 @triton.jit
@@ -31,8 +33,8 @@ def use_of(uses_ptr, count, tile):
     found = uses_ptr
     k = 1
     while k < count:
-        if tile >= tl.load(uses_ptr + k * 6 + 5):
-            found = uses_ptr + k * 6
+        if tile >= tl.load(uses_ptr + k * USE + FIRST_TILE):
+            found = uses_ptr + k * USE
         k += 1
     return found
 
@@ -42,17 +44,17 @@ def gram(
     use_a, use_b, side, tile_a, tile_b, width, FACTOR: tl.constexpr, ALIGNED: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """A tile [BT, BT] of products of rows of left (side 0) or right (side 1) of two uses."""
+    """A tile [BT, BT] of products of rows of left (side LEFT) or right (RIGHT) of two uses."""
     a_ptr = tl.load(use_a + side).to(tl.pointer_type(FACTOR))
     b_ptr = tl.load(use_b + side).to(tl.pointer_type(FACTOR))
-    ld_a, ld_b = tl.load(use_a + 2 + side), tl.load(use_b + 2 + side)
+    ld_a, ld_b = tl.load(use_a + LEFT_STRIDE + side), tl.load(use_b + LEFT_STRIDE + side)
     if ALIGNED:
         a_ptr, b_ptr = tl.multiple_of(a_ptr, 16), tl.multiple_of(b_ptr, 16)
         ld_a, ld_b = tl.multiple_of(ld_a, 16), tl.multiple_of(ld_b, 16)
-    row_a = (tile_a - tl.load(use_a + 5)).to(tl.int32) * BT + tl.arange(0, BT)
-    row_b = (tile_b - tl.load(use_b + 5)).to(tl.int32) * BT + tl.arange(0, BT)
-    live_a = row_a < tl.load(use_a + 4).to(tl.int32)
-    live_b = row_b < tl.load(use_b + 4).to(tl.int32)
+    row_a = (tile_a - tl.load(use_a + FIRST_TILE)).to(tl.int32) * BT + tl.arange(0, BT)
+    row_b = (tile_b - tl.load(use_b + FIRST_TILE)).to(tl.int32) * BT + tl.arange(0, BT)
+    live_a = row_a < tl.load(use_a + TOKENS).to(tl.int32)
+    live_b = row_b < tl.load(use_b + TOKENS).to(tl.int32)
     k = tl.arange(0, BK)
     a_ptr += row_a[:, None] * ld_a + k[None, :]
     b_ptr += row_b[None, :] * ld_b + k[:, None]
@@ -73,8 +75,8 @@ def product_tiles_kernel(
     FACTOR: tl.constexpr, ALIGNED: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Tile (i, j <= i) of the Gram matrices of a group: sums and magnitudes for each weight."""
-    group = groups_ptr + tl.load(group_of_program_ptr + tl.program_id(0)) * 4
-    number = tl.program_id(0) - tl.load(group).to(tl.int32)
+    group = groups_ptr + tl.load(group_of_program_ptr + tl.program_id(0)) * GROUP
+    number = tl.program_id(0) - tl.load(group + FIRST_PROGRAM).to(tl.int32)
     # number = i (i + 1) / 2 + j; the root is not exact
     i = ((tl.sqrt(8.0 * number.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
     i = tl.where(i * (i + 1) // 2 > number, i - 1, i)
@@ -82,23 +84,24 @@ def product_tiles_kernel(
     j = number - i * (i + 1) // 2
     twice = tl.where(i == j, 1.0, 2.0)
 
-    weight = weights_ptr + tl.load(group + 1) * 4
-    count, uses = tl.load(group + 2).to(tl.int32), tl.load(group + 3).to(tl.int32)
-    first_use = uses_ptr + tl.load(weight + 2) * 6
+    weight = weights_ptr + tl.load(group + FIRST_WEIGHT) * WEIGHT
+    count, uses = tl.load(group + WEIGHTS).to(tl.int32), tl.load(group + USES).to(tl.int32)
+    first_use = uses_ptr + tl.load(weight + FIRST_USE) * USE
     use_a, use_b = use_of(first_use, uses, i), use_of(first_use, uses, j)
-    cols = tl.load(weight + 1)
+    cols = tl.load(weight + COLS)
     if ALIGNED:  # said of an argument of a function, it would be lost
         cols = tl.multiple_of(cols, 16)
-    inputs = gram(use_a, use_b, 1, i, j, cols, FACTOR, ALIGNED, BT, BK)
+    inputs = gram(use_a, use_b, RIGHT, i, j, cols, FACTOR, ALIGNED, BT, BK)
     k = 0
     while k < count:  # the uses of the next weight of the group follow, in the same order
-        rows = tl.load(weight + 4 * k)
+        own = weight + k * WEIGHT
+        rows = tl.load(own + ROWS)
         if ALIGNED:
             rows = tl.multiple_of(rows, 16)
-        further = k * uses * 6
-        grads = gram(use_a + further, use_b + further, 0, i, j, rows, FACTOR, ALIGNED, BT, BK)
+        further = k * uses * USE
+        grads = gram(use_a + further, use_b + further, LEFT, i, j, rows, FACTOR, ALIGNED, BT, BK)
         terms = inputs * grads
-        out = partials_ptr + 2 * (tl.load(weight + 4 * k + 3) + number)
+        out = partials_ptr + 2 * (tl.load(own + FIRST_PARTIAL) + number)
         # Lines of a tile in fp32, as its products are; all that is longer in fp64.
         total = tl.sum(tl.sum(terms, 1).to(tl.float64), 0)
         tl.store(out, total * twice)
@@ -122,9 +125,8 @@ def product_sums_kernel(
     sums_ptr, partials_ptr, sumsq_ptr, magnitude_ptr, inv_scale_ptr, found_inf_ptr,
     LANES: tl.constexpr,
 ):  # fmt: skip
-    """sums: for each weight its place, its first partial sum, how many there are."""
-    row = sums_ptr + tl.program_id(0) * 3
-    place, first, count = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+    row = sums_ptr + tl.program_id(0) * SUM
+    place, first, count = tl.load(row + PLACE), tl.load(row + FIRST), tl.load(row + COUNT)
     scale = (one_or(inv_scale_ptr, 1.0) + tl.zeros([], tl.float32)).to(tl.float64)
     total = sum_every_second(partials_ptr + 2 * first, count, LANES)
     total = tl.where(total < 0.0, 0.0, total) * scale * scale
@@ -157,12 +159,13 @@ def tables(groups, tile):
             first_tiles.append(tiles)
             tiles += triton.cdiv(right.shape[0], tile)
         count = tiles * (tiles + 1) // 2
-        group_rows += (first_program, len(weight_rows) // WEIGHT, len(weights), len(weights[0]))
+        first_weight = len(weight_rows) // WEIGHT.value
+        group_rows += (first_program, first_weight, len(weights), len(weights[0]))
         programs.append(count)
         first_program += count
         for place, pairs in zip(places, weights):
             left, right = pairs[0]
-            weight_rows += (left.shape[1], right.shape[1], len(use_rows) // USE, partials)
+            weight_rows += (left.shape[1], right.shape[1], len(use_rows) // USE.value, partials)
             sums += (place, partials, count)
             partials += count
             for (left, right), first in zip(pairs, first_tiles):
@@ -182,10 +185,15 @@ def product_sumsq_(sumsq, magnitude, groups, *, inv_scale, found_inf):
     ]
     sizes = configuration(dtype, *shared_memory(device))
     programs, rows, partials = tables(groups, sizes["BT"])
+    _, weight_rows, use_rows, _ = rows
     aligned = all(
         value % 16 == 0
-        for k, row in ((0, USE), (1, USE), (2, USE), (3, USE), (0, WEIGHT), (1, WEIGHT))
-        for value in (rows[2] if row == USE else rows[1])[k::row]
+        for table, width, kept in (
+            (weight_rows, WEIGHT, (ROWS, COLS)),
+            (use_rows, USE, (LEFT, RIGHT, LEFT_STRIDE, RIGHT_STRIDE)),
+        )
+        for column in kept
+        for value in table[column.value :: width.value]
     )
     table = to_device(torch.tensor([*itertools.chain(*rows)], dtype=torch.int64), device)
     group_rows, weight_rows, use_rows, sums = table.split([len(each) for each in rows])
@@ -198,7 +206,7 @@ def product_sumsq_(sumsq, magnitude, groups, *, inv_scale, found_inf):
                 which, group_rows, weight_rows, use_rows, sums_of_tiles,
                 FACTOR=type_of(dtype), ALIGNED=aligned, **sizes, **EXACT,
             )  # fmt: skip
-        product_sums_kernel[(len(sums) // 3,)](
+        product_sums_kernel[(len(sums) // SUM.value,)](
             sums, sums_of_tiles, sumsq, magnitude, inv_scale, found_inf,
             LANES=256, num_warps=4, **EXACT,
         )  # fmt: skip

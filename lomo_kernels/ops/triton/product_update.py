@@ -6,11 +6,16 @@ import triton.language as tl
 
 from .common import (
     EXACT,
+    GROUP,
+    GROUP_BITS,
     add_dot,
     as_bits,
     bits_to_float,
+    columns,
     deal,
+    in_groups,
     is_finite,
+    lomo_update,
     merge,
     name_of,
     on_current,
@@ -26,7 +31,11 @@ from .common import (
     to_device,
     type_of,
 )
-from .lomo_update import lomo_update
+
+# Of the table of further products, a row for each.
+LEFT, RIGHT, TOKENS, LEFT_STRIDE, RIGHT_STRIDE, ROW = columns(5)
+TILES_TOGETHER = tl.constexpr(8)  # rows of tiles
+STRIPS = tl.constexpr(4)  # of a tile, one after the other: its whole width would spill registers
 
 
 @triton.jit
@@ -82,14 +91,14 @@ def update_strip(
     else:
         x = lomo_update(bits_to_float(p, P), g, lr, decay, inv_scale, clip_value, clip_coef)
         if ROUNDING == "stochastic":
-            if GROUPED:  # offset and cols are multiples of 8: one call for eight elements
-                first = offset // 8 + m.to(tl.int64) * (cols // 8) + begin // 8
-                group = first[:, None] + tl.arange(0, N // 8)[None, :]
+            if GROUPED:  # offset and cols are multiples of GROUP: one call for its elements
+                first = offset // GROUP + m.to(tl.int64) * (cols // GROUP) + begin // GROUP
+                group = first[:, None] + tl.arange(0, N // GROUP)[None, :]
                 w0, w1, w2, w3 = random_group(group, seed, step, param_id)
                 random = tl.reshape(deal(w0, w1, w2, w3), [M, N])
             else:
                 element = offset + at
-                w0, w1, w2, w3 = random_group(element >> 3, seed, step, param_id)
+                w0, w1, w2, w3 = random_group(element >> GROUP_BITS, seed, step, param_id)
                 random = pick(w0, w1, w2, w3, element)
             rounded = round_stochastic(x, random, P)
         else:
@@ -107,13 +116,14 @@ def product_update_kernel(
     ALIGNED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """One tile [BM, BN] of the weight. more_ptr: rows of further products, as `_row` has them."""
-    # Tiles that run at one time share rows and columns in the cache: eight rows of tiles together.
+    # Tiles that run at one time share rows and columns in the cache.
     down, across = tl.cdiv(rows, BM), tl.cdiv(cols, BN)
     tile = tl.program_id(0)
-    top = tile // (8 * across) * 8
-    height = tl.minimum(down - top, 8)
-    m = (top + tile % (8 * across) % height) * BM + tl.arange(0, BM)
-    begin = (tile % (8 * across) // height) * BN
+    together = TILES_TOGETHER * across
+    top = tile // together * TILES_TOGETHER
+    height = tl.minimum(down - top, TILES_TOGETHER)
+    m = (top + tile % together % height) * BM + tl.arange(0, BM)
+    begin = (tile % together // height) * BN
     n = begin + tl.arange(0, BN)
 
     acc = tl.zeros([BM, BN], tl.float32)
@@ -123,28 +133,28 @@ def product_update_kernel(
     if more_ptr is not None:
         k = 0
         while k < more:
-            row = more_ptr + k * 5
-            left = tl.load(row).to(tl.pointer_type(FACTOR))
-            right = tl.load(row + 1).to(tl.pointer_type(FACTOR))
-            ld_l, ld_r = tl.load(row + 3), tl.load(row + 4)
+            row = more_ptr + k * ROW
+            left = tl.load(row + LEFT).to(tl.pointer_type(FACTOR))
+            right = tl.load(row + RIGHT).to(tl.pointer_type(FACTOR))
+            ld_l, ld_r = tl.load(row + LEFT_STRIDE), tl.load(row + RIGHT_STRIDE)
             if ALIGNED:
                 left, right = tl.multiple_of(left, 16), tl.multiple_of(right, 16)
                 ld_l, ld_r = tl.multiple_of(ld_l, 16), tl.multiple_of(ld_r, 16)
-            count = tl.load(row + 2).to(tl.int32)
+            count = tl.load(row + TOKENS).to(tl.int32)
             acc = add_product(acc, left, right, count, ld_l, ld_r, m, n, rows, cols, BK)
             k += 1
 
     skip = one_or(skip_ptr, 0.0)
     inv_scale, clip_coef = one_or(inv_scale_ptr, 1.0), one_or(clip_coef_ptr, 1.0)
-    # A quarter of the tile's columns at a time: the whole of it would take 255 registers and spill.
     left_half, right_half = halves(acc)
-    for k in tl.static_range(4):
+    for k in tl.static_range(STRIPS):
         if k % 2 == 0:
             first, second = halves(left_half if k == 0 else right_half)
+        strip = first if k % 2 == 0 else second
         update_strip(
-            first if k % 2 == 0 else second, begin + k * (BN // 4), m, p_ptr, low_ptr, rows, cols,
-            offset, param_id, lr, decay, step, seed, inv_scale, clip_value, clip_coef,
-            found_inf_ptr, skip, P, ROUNDING, GROUPED,
+            strip, begin + k * (BN // STRIPS), m, p_ptr, low_ptr, rows, cols, offset, param_id,
+            lr, decay, step, seed, inv_scale, clip_value, clip_coef, found_inf_ptr, skip,
+            P, ROUNDING, GROUPED,
         )  # fmt: skip
 
 
@@ -187,5 +197,5 @@ def product_update_(
             as_bits(param), None if rounding != "split" else low, rows, cols, offset, param_id,
             lr, decay, clip_value, step, seed, inv_scale, clip_coef, found_inf, skip,
             P=name_of(param.dtype), FACTOR=type_of(right.dtype), ROUNDING=rounding,
-            GROUPED=offset % 8 == 0 and cols % 8 == 0, ALIGNED=aligned, **sizes, **EXACT,
+            GROUPED=in_groups(offset, cols), ALIGNED=aligned, **sizes, **EXACT,
         )  # fmt: skip

@@ -106,9 +106,9 @@ def check_update(param, grad, rounding, shift):
         tensors = buffers(data, shift, param, grad)
         return update(function, where, tensors, (param, grad), rounding, OPTIONS)
 
-    kernels = run(C.cuda_update, (0, 0), data)
-    loops = run(C.cpu_update, (2,), data)
-    one_by_one = [run(C.cuda_update, (0, 0), [tensor])[0] for tensor in data]
+    kernels = run(C.cuda_lomo_update, (0, 0), data)
+    loops = run(C.cpu_lomo_update, (2,), data)
+    one_by_one = [run(C.cuda_lomo_update, (0, 0), [tensor])[0] for tensor in data]
     assert same(kernels[:-1], one_by_one, param)
     assert same(kernels[:-1], loops[:-1], param)
     assert kernels[-1] == loops[-1]
@@ -118,7 +118,8 @@ def check_sumsq(dtype, shift):
     sizes = (*SIZES, C.norm_chunk - 1, C.norm_chunk, 2 * C.norm_chunk + 77)
     # 0x3f in every byte: finite in each of the three formats
     grads = [(Buffer(b"\x3f" * (n * WIDTH[dtype]), shift * WIDTH[dtype]), n) for n in sizes]
-    assert sumsq(C.cuda_sumsq, (0, 0), grads, dtype) == sumsq(C.cpu_sumsq, (2,), grads, dtype)
+    kernels = sumsq(C.cuda_grad_sumsq, (0, 0), grads, dtype)
+    assert kernels == sumsq(C.cpu_grad_sumsq, (2,), grads, dtype)
 
 
 def adalomo(run, where, tensors, formats, rounding):
@@ -167,9 +168,9 @@ def check_adalomo(param, grad, rounding, shift):
             return adalomo(function, where, tensors, (param, grad), rounding)
         return [adalomo(function, where, [t], (param, grad), rounding)[0] for t in tensors]
 
-    kernels = run(C.cuda_adalomo, C.cuda_adalomo_sums, (0, 0), True)
-    assert kernels == run(C.cpu_adalomo, C.cpu_adalomo_sums, (2,), True)
-    assert kernels[:-1] == run(C.cuda_adalomo, C.cuda_adalomo_sums, (0, 0), False)
+    kernels = run(C.cuda_adalomo_update, C.cuda_adalomo_sums, (0, 0), True)
+    assert kernels == run(C.cpu_adalomo_update, C.cpu_adalomo_sums, (2,), True)
+    assert kernels[:-1] == run(C.cuda_adalomo_update, C.cuda_adalomo_sums, (0, 0), False)
     assert all(k[-2] == struct.pack("i", 1) for k in kernels[:-1])  # the step was made
 
 
@@ -292,7 +293,7 @@ def main():
         short = Buffer(bytes(2 * 100))
         tensor = (short, Buffer(bytes(256)), short, 128, 0, 0)
         formats = ("bfloat16", "bfloat16")
-        update(C.cuda_update, (0, 0), [tensor], formats, "nearest", OPTIONS)
+        update(C.cuda_lomo_update, (0, 0), [tensor], formats, "nearest", OPTIONS)
 
 
 def same(a, b, dtype):

@@ -1,6 +1,6 @@
 """Squared norm and overflow of a gradient, beside what else gives a norm.
 
-    python -m bench.bench_grad_norm [--minutes 8] [--largest N]
+    python -m bench.bench_grad_sumsq [--minutes 8] [--largest N]
 
 An element moves the bytes of its gradient: one read.
 """
@@ -46,7 +46,7 @@ def jobs(where):
     square, large, _ = shapes.chosen(where.largest)
 
     def job(rank, case):
-        return suite.timed(rank, where, "grad_norm", case, rivals)
+        return suite.timed(rank, where, "grad_sumsq", case, rivals)
 
     yield job(1, square)
     yield job(0, large)

@@ -1,8 +1,8 @@
 // The squared norm of gradients in one read, in the declared order (kernels.h, Note [Summation
 // order]): no atomics, the same bits whatever the grid.
 #pragma once
+#include "lomo_update.h"
 #include "tables.cuh"
-#include "update.h"
 
 namespace lomo::cuda {
 

@@ -1,8 +1,8 @@
 // The fused update: one read of the gradient, one read and one write of the parameter.
 #pragma once
+#include "lomo_update.h"
 #include "philox.h"
 #include "tables.cuh"
-#include "update.h"
 
 namespace lomo::cuda {
 
