@@ -1,8 +1,10 @@
 """Bytes of gradients and of optimizer states, counted on the tensors themselves."""
 
 import weakref
+from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 from ..optim import sharding
 from ..optim.watching import observes, unwatched
@@ -15,7 +17,7 @@ class HeldBytes:
     freed. Make it before the optimizer: hooks run in the order in which they were made.
     """
 
-    def __init__(self, params):
+    def __init__(self, params: Iterable[Tensor]) -> None:
         self.alive = self.peak = 0
         self._counted = set()
         self._hooks = [
@@ -43,14 +45,14 @@ class HeldBytes:
         self._counted.discard(key)
         self.alive -= size
 
-    def remove(self):
+    def remove(self) -> None:
         """Takes the hooks off."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
 
 
-def state_bytes(optimizer):
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of all tensors in `optimizer.state`; of sharded ones this rank's."""
     return sum(
         sharding.local(value).nelement() * value.element_size()

@@ -1,11 +1,18 @@
 """A real training step: what it held, by category, and when."""
 
+from pathlib import Path
+from typing import Any
+
+import torch
+
 from . import report
 from .recorder import CATEGORIES, Recorder
-from .timeline import moments, summarise, whole
+from .timeline import Summary, moments, summarise, whole
 
 
-def measure(module, optimizer=None):
+def measure(
+    module: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> "Measurement":
     """Records the memory of a training step, in bytes, by following tensor storages.
 
     ::
@@ -42,9 +49,9 @@ class Measurement:
     category at that moment. maxima: the most bytes of each category at any moment.
     """
 
-    def __init__(self, module, optimizer):
+    def __init__(self, module: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         self._recorder = Recorder(module, optimizer)
-        self._found = None
+        self._found: Summary | None = None
 
     def __enter__(self):
         self._recorder.__enter__()
@@ -55,35 +62,35 @@ class Measurement:
         self._found = whole(summarise(self._recorder).values())
 
     @property
-    def summary(self):
+    def summary(self) -> Summary:
         if self._found is None:
             raise RuntimeError("memory is still being measured: ask after the `with` block")
         return self._found
 
     @property
-    def peak(self):
+    def peak(self) -> int:
         return self.summary.peak.total
 
     @property
-    def place(self):
+    def place(self) -> str:
         return str(self.summary.peak.place)
 
     @property
-    def at_peak(self):
+    def at_peak(self) -> dict[str, int]:
         return dict(self.summary.peak.parts)
 
     @property
-    def maxima(self):
+    def maxima(self) -> dict[str, int]:
         return dict(self.summary.maxima)
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """`peak_bytes`, `peak_place`, `at_peak_bytes` and `maxima_bytes`, for json."""
         return self.summary.to_dict()
 
     def __str__(self):
         return report.text(self.summary)
 
-    def timeline(self):
+    def timeline(self) -> dict[str, list[int]]:
         """Lists of bytes over the step, one for each category: a value after every allocation."""
         self.summary  # noqa: B018 - refuses inside the block
         lines = {category: [] for category in CATEGORIES}
@@ -92,6 +99,6 @@ class Measurement:
                 lines[category].append(size)
         return lines
 
-    def plot(self, path):
+    def plot(self, path: str | Path) -> None:
         """Draws the categories over the step, stacked, into an image file; needs matplotlib."""
         report.plot_timeline(self.timeline(), self.summary.peak, path)

@@ -2,11 +2,14 @@
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from . import checks
+from .annotations import Backend, Integers, Lows, Rounding, State, Tensors
 from .backends import pick_backend
 from .lists import grouped
 from .reference import Part, Tiles
@@ -40,7 +43,7 @@ def adalomo_state_shapes(param):
     }
 
 
-def adalomo_state(param):
+def adalomo_state(param: Tensor) -> State:
     """State of a parameter that has made no step: a dict of tensors on its device, all zero.
 
     "step": int32, how many updates were made. A parameter of shape [..., R, C] has the running
@@ -53,7 +56,7 @@ def adalomo_state(param):
     return state
 
 
-def adalomo_sums_(param, out=None, backend="auto"):
+def adalomo_sums_(param: Tensor, out: Tensor | None = None, backend: Backend = "auto") -> Tensor:
     """Sums of squares of a parameter's tiles, one read of it.
 
     Args:
@@ -79,27 +82,27 @@ def adalomo_sums_(param, out=None, backend="auto"):
 
 
 def adalomo_update_(
-    param,
-    grad,
-    state,
+    param: Tensors,
+    grad: Tensors,
+    state: State | Sequence[State],
     *,
-    lr,
-    weight_decay=0.0,
-    eps=(1e-30, 1e-3),
-    clip_threshold=1.0,
-    decay_rate=-0.8,
-    inv_scale=None,
-    clip_value=None,
-    clip_coef=None,
-    found_inf=None,
-    skip=None,
-    rounding="nearest",
-    low=None,
-    seed=0,
-    param_id=None,
-    sums=None,
-    backend="auto",
-):
+    lr: float,
+    weight_decay: float = 0.0,
+    eps: tuple[float, float] = (1e-30, 1e-3),
+    clip_threshold: float = 1.0,
+    decay_rate: float = -0.8,
+    inv_scale: Tensor | None = None,
+    clip_value: float | None = None,
+    clip_coef: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    skip: Tensor | None = None,
+    rounding: Rounding = "nearest",
+    low: Lows = None,
+    seed: int = 0,
+    param_id: Integers = None,
+    sums: Lows = None,
+    backend: Backend = "auto",
+) -> None:
     """The fused update of AdaLomo (arXiv 2310.10195, algorithm 1), which is Adafactor's rule.
 
     For a tensor [..., R, C], with t the number of this update, from 1, and every operation rounded
@@ -142,8 +145,8 @@ def adalomo_update_(
         RuntimeError: the backend cannot run on param's device, or its kernel failed.
     """
     if isinstance(param, torch.Tensor):
-        params, grads, states, lows, all_sums = (param,), (grad,), (state,), (low,), (sums,)
-        param_ids = (0 if param_id is None else param_id,)
+        params, grads, states, lows, all_sums = [param], [grad], [state], [low], [sums]
+        param_ids = [0 if param_id is None else param_id]
     else:
         params = list(param)
         grads, states, lows, all_sums, param_ids = as_lists(
@@ -159,7 +162,9 @@ def adalomo_update_(
     update.finish()
 
 
-def as_lists(length, grad, state, low, sums, param_id):
+def as_lists(
+    length, grad, state, low, sums, param_id
+) -> tuple[list[Any], list[Any], list[Any], list[Any], list[Any]]:
     """What comes beside a sequence of parameters of that length."""
     return (
         checks.as_list("grad", grad, length),

@@ -1,9 +1,13 @@
 """The contract of AdaLomo's update of tensors that several ranks share."""
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from . import checks
 from .adalomo import Update, as_lists
+from .annotations import Backend, Rounding, State
 from .reference import Part
 
 
@@ -53,30 +57,30 @@ class AdalomoParts:
 
     def __init__(
         self,
-        param,
-        grad,
-        state,
+        param: Sequence[Tensor],
+        grad: Sequence[Tensor],
+        state: Sequence[State],
         *,
-        shape,
-        offset,
-        counts=None,
-        lr,
-        weight_decay=0.0,
-        eps=(1e-30, 1e-3),
-        clip_threshold=1.0,
-        decay_rate=-0.8,
-        inv_scale=None,
-        clip_value=None,
-        clip_coef=None,
-        found_inf=None,
-        skip=None,
-        rounding="nearest",
-        low=None,
-        seed=0,
-        param_id=None,
-        sums=None,
-        backend="auto",
-    ):
+        shape: Sequence[Sequence[int]],
+        offset: Sequence[int],
+        counts: Sequence[bool] | None = None,
+        lr: float,
+        weight_decay: float = 0.0,
+        eps: tuple[float, float] = (1e-30, 1e-3),
+        clip_threshold: float = 1.0,
+        decay_rate: float = -0.8,
+        inv_scale: Tensor | None = None,
+        clip_value: float | None = None,
+        clip_coef: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        skip: Tensor | None = None,
+        rounding: Rounding = "nearest",
+        low: Sequence[Tensor | None] | None = None,
+        seed: int = 0,
+        param_id: Sequence[int] | None = None,
+        sums: Sequence[Tensor | None] | None = None,
+        backend: Backend = "auto",
+    ) -> None:
         params = list(param)
         if not params:
             raise ValueError("param must have at least one tensor, got none")
@@ -103,7 +107,7 @@ class AdalomoParts:
         ]
         self._clear([self.statistics[p.slot :][: p.length] for p in self._copies])
 
-    def squares(self, every):
+    def squares(self, every: Tensor) -> Tensor:
         """Sums of squares of the updates [tensors], from the statistics [ranks, n] of all."""
         self._totals = self._add(every, len(self.statistics))
         out = self.statistics.new_empty(self._count)
@@ -112,7 +116,7 @@ class AdalomoParts:
         self._clear([out[p.number : p.number + 1] for p in self._copies])
         return out
 
-    def update_(self, every):
+    def update_(self, every: Tensor) -> None:
         """The update, from the squares [ranks, tensors] of all; the object is used up."""
         if self._totals is None:
             raise RuntimeError("update_() must come once, after squares()")

@@ -2,13 +2,16 @@
 
 import functools
 import importlib
+from types import ModuleType
 
 import torch
+
+from .annotations import Backend
 
 BACKENDS = ("native", "triton", "reference")
 
 
-def unavailable(name, device):
+def unavailable(name: str, device: torch.device | str) -> str | None:
     """Why the backend `name` cannot run on `device`; None: it can."""
     try:
         backend = importlib.import_module(f"{__package__}.{name}")
@@ -17,7 +20,7 @@ def unavailable(name, device):
     return backend.unavailable(torch.device(device))
 
 
-def build_info():
+def build_info() -> dict[str, str]:
     """What the extension module was built with: compilers, instruction set, architectures.
 
     Raises:
@@ -28,7 +31,9 @@ def build_info():
     return build_info()
 
 
-def pick_backend(device, name="auto", dtype=None):
+def pick_backend(
+    device: torch.device, name: Backend = "auto", dtype: torch.dtype | None = None
+) -> ModuleType:
     """The module that runs the operations on `device`; under FakeTensorMode always `fake`.
 
     Args:

@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -20,7 +21,7 @@ def check_floats(name, value):
         )
 
 
-def as_list(name, value, length, default=None):
+def as_list(name, value, length, default=None) -> list[Any]:
     if value is None and default is not None:
         return default
     if isinstance(value, torch.Tensor) or not hasattr(value, "__len__"):
@@ -100,7 +101,9 @@ def check_options(lr, weight_decay, clip_value, rounding, seed):
     return clip_value
 
 
-_WRAPS = {}  # class of a tensor -> whether it wraps others; asking torch takes a microsecond
+_WRAPS: dict[
+    type, bool
+] = {}  # class of a tensor -> whether it wraps others; asking torch takes a microsecond
 
 
 def check_tensor(name, tensor, dtypes=DTYPES):

@@ -3,25 +3,27 @@
 import math
 
 import torch
+from torch import Tensor
 
 from . import checks
+from .annotations import Backend
 from .backends import pick_backend
 from .reference import DECISIONS
 
 
 def decide_(
-    decisions,
-    sumsq=None,
+    decisions: Tensor,
+    sumsq: Tensor | None = None,
     *,
-    found_inf=None,
-    max_norm=None,
-    out=None,
-    growth_factor=2.0,
-    backoff_factor=0.5,
-    growth_interval=0,
-    min_scale=1.0,
-    backend="auto",
-):
+    found_inf: Tensor | None = None,
+    max_norm: float | None = None,
+    out: Tensor | None = None,
+    growth_factor: float = 2.0,
+    backoff_factor: float = 0.5,
+    growth_interval: int = 0,
+    min_scale: float = 1.0,
+    backend: Backend = "auto",
+) -> None:
     """From squared norms and overflow flags to what a step does, in one launch, on the device.
 
     `decisions` holds the scalars of a step in the order of `DECISIONS`. With `sumsq`::

@@ -1,13 +1,22 @@
 """The contract of a gradient's squared norm; see the package's docstring."""
 
 import torch
+from torch import Tensor
 
 from . import checks
+from .annotations import Backend, Tensors
 from .backends import pick_backend
 from .lists import grouped, scatter_
 
 
-def grad_sumsq_(sumsq, grad, *, inv_scale=None, found_inf=None, backend="auto"):
+def grad_sumsq_(
+    sumsq: Tensor,
+    grad: Tensors,
+    *,
+    inv_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    backend: Backend = "auto",
+) -> None:
     """Squared norm and overflow of a gradient in one read, the same bits on every backend and run.
 
     `sumsq[k] = sum((grad[k] * inv_scale)**2)` in fp32, added in a fixed order that no grid, thread

@@ -1,31 +1,35 @@
 """The contract of the fused update; see the package's docstring."""
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from . import checks
+from .annotations import Backend, Integers, Lows, Rounding, Tensors
 from .backends import pick_backend
 from .lists import grouped
 
 
 def lomo_update_(
-    param,
-    grad,
+    param: Tensors,
+    grad: Tensors,
     *,
-    lr,
-    weight_decay=0.0,
-    inv_scale=None,
-    clip_value=None,
-    clip_coef=None,
-    found_inf=None,
-    skip=None,
-    rounding="nearest",
-    low=None,
-    seed=0,
-    step=0,
-    param_id=None,
-    offset=None,
-    backend="auto",
-):
+    lr: float,
+    weight_decay: float = 0.0,
+    inv_scale: Tensor | None = None,
+    clip_value: float | None = None,
+    clip_coef: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    skip: Tensor | None = None,
+    rounding: Rounding = "nearest",
+    low: Lows = None,
+    seed: int = 0,
+    step: int = 0,
+    param_id: Integers = None,
+    offset: Integers = None,
+    backend: Backend = "auto",
+) -> None:
     """The fused update of LOMO (arXiv 2306.09782, section 3): one read of grad, one of param.
 
     For each element, every operation rounded once to fp32::
@@ -65,9 +69,10 @@ def lomo_update_(
         RuntimeError: the backend cannot run on param's device, or its kernel failed.
     """
     if isinstance(param, torch.Tensor):
-        params, grads, lows = (param,), (grad,), (low,)
-        offsets = (0 if offset is None else offset,)
-        param_ids = (0 if param_id is None else param_id,)
+        params, lows = [param], [low]
+        grads: list[Any] = [grad]
+        offsets = [0 if offset is None else offset]
+        param_ids = [0 if param_id is None else param_id]
     else:
         params = list(param)
         grads = checks.as_list("grad", grad, len(params))

@@ -1,8 +1,12 @@
 """The contract of the norm of gradients that are products; see the package's docstring."""
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from . import checks, factors
+from .annotations import Backend, Products
 from .backends import pick_backend, unavailable
 from .lists import grouped, scatter_
 
@@ -11,7 +15,7 @@ TILE = 128  # tokens of a tile of a Gram matrix
 _TORCH_TILE = {"cpu": TILE, "cuda": 1024}
 
 
-def gram_is_cheaper(tokens, rows, cols):
+def gram_is_cheaper(tokens: int, rows: int, cols: int) -> bool:
     """Whether the norm of dW [rows, cols] costs fewer FLOPs from Gram matrices than from dW.
 
     Of two symmetric matrices [tokens, tokens] the tiles of one half are formed, those on the
@@ -21,7 +25,15 @@ def gram_is_cheaper(tokens, rows, cols):
 
 
 @torch.no_grad()
-def product_sumsq_(sumsq, magnitude, products, *, inv_scale=None, found_inf=None, backend="auto"):
+def product_sumsq_(
+    sumsq: Tensor,
+    magnitude: Tensor,
+    products: Sequence[Products],
+    *,
+    inv_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    backend: Backend = "auto",
+) -> None:
     """Squared norms of gradients that are products, from the Gram matrices of their factors.
 
     For a weight whose gradient is the sum of left.T @ right over its pairs, with L and R all the
@@ -72,7 +84,7 @@ def product_sumsq_(sumsq, magnitude, products, *, inv_scale=None, found_inf=None
     weights = [_checked(each, sumsq.device) for each in products]
     kernels = _kernels(sumsq.device, backend)
 
-    launches = {}
+    launches: dict[torch.dtype, list] = {}
     for places in grouped(map(_key, weights)).values():
         group = [weights[place] for place in places]
         if kernels is not None and _fits_kernel(group[0]):

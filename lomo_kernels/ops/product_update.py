@@ -1,8 +1,10 @@
 """The contract of the update whose gradient is a product; see the package's docstring."""
 
 import torch
+from torch import Tensor
 
 from . import checks, crossings, factors
+from .annotations import Backend, Method, Products, Rounding
 from .backends import pick_backend, unavailable
 
 METHODS = ("auto", "blocks", "epilogue")
@@ -13,25 +15,25 @@ ERROR_PER_TOKEN = 2.0**-23
 
 @torch.no_grad()
 def product_update_(
-    param,
-    products,
+    param: Tensor,
+    products: Products,
     *,
-    lr,
-    weight_decay=0.0,
-    inv_scale=None,
-    clip_coef=None,
-    clip_value=None,
-    rounding="nearest",
-    low=None,
-    seed=0,
-    step=0,
-    param_id=0,
-    offset=0,
-    found_inf=None,
-    skip=None,
-    backend="auto",
-    method="auto",
-):
+    lr: float,
+    weight_decay: float = 0.0,
+    inv_scale: Tensor | None = None,
+    clip_coef: Tensor | None = None,
+    clip_value: float | None = None,
+    rounding: Rounding = "nearest",
+    low: Tensor | None = None,
+    seed: int = 0,
+    step: int = 0,
+    param_id: int = 0,
+    offset: int = 0,
+    found_inf: Tensor | None = None,
+    skip: Tensor | None = None,
+    backend: Backend = "auto",
+    method: Method = "auto",
+) -> None:
     """`lomo_update_` of a weight whose gradient is a product that is never stored.
 
     With the maths, the roundings and the flags of `lomo_update_`, for each element::

@@ -1,12 +1,18 @@
 """AdaLomo: Adafactor's adaptive learning rates in the memory of LOMO."""
 
 import weakref
+from collections.abc import Iterable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import ops
 from ..ops.adalomo import adalomo_state_shapes, adalomo_weights, check_adalomo
+from ..ops.annotations import Backend
 from . import notices
+from .annotations import Norm, Rounding, Scale, Strategy, Trained
+from .gradient import Piece
 from .optimizer import FusedOptimizer
 from .sharding import local
 
@@ -51,23 +57,23 @@ class AdaLomo(FusedOptimizer):
 
     def __init__(
         self,
-        model_or_params,
-        lr=1e-3,
-        loss_scale=2**10,
-        eps=(1e-30, 1e-3),
-        clip_threshold=1.0,
-        decay_rate=-0.8,
-        clip_grad_norm=None,
-        clip_grad_value=None,
-        weight_decay=0.0,
+        model_or_params: Trained,
+        lr: float = 1e-3,
+        loss_scale: Scale = 2**10,
+        eps: tuple[float, float] = (1e-30, 1e-3),
+        clip_threshold: float = 1.0,
+        decay_rate: float = -0.8,
+        clip_grad_norm: float | None = None,
+        clip_grad_value: float | None = None,
+        weight_decay: float = 0.0,
         *,
-        norm="global",
-        strategy="auto",
-        factor_budget=None,
-        rounding="auto",
-        backend="auto",
-        seed=0,
-    ):
+        norm: Norm = "global",
+        strategy: Strategy = "auto",
+        factor_budget: int | None = None,
+        rounding: Rounding = "auto",
+        backend: Backend = "auto",
+        seed: int = 0,
+    ) -> None:
         defaults = {
             "lr": lr,
             "eps": eps,
@@ -78,8 +84,12 @@ class AdaLomo(FusedOptimizer):
             "rounding": rounding,
             "seed": seed,
         }
-        self._sums = {}  # id(param) -> (sums of squares, version and address of the parameter)
-        self._aliases = {}  # id(param) -> weak reference to the tensor that `.data` gave
+        self._sums: dict[
+            int, Any
+        ] = {}  # id(param) -> (sums of squares, version and address of the parameter)
+        self._aliases: dict[
+            int, Any
+        ] = {}  # id(param) -> weak reference to the tensor that `.data` gave
         super().__init__(
             model_or_params,
             defaults,
@@ -98,7 +108,7 @@ class AdaLomo(FusedOptimizer):
         for param in group["params"]:
             adalomo_weights(param.device, group["decay_rate"])  # made here, not in a captured graph
 
-    def make_state(self, param, group):
+    def make_state(self, param: Tensor, group: dict[str, Any]) -> None:
         super().make_state(param, group)
         state = self.state[param]
         if "step" not in state:
@@ -108,7 +118,13 @@ class AdaLomo(FusedOptimizer):
         # the column moments of a matrix are sums over all rows, the same on all ranks
         return (name == "exp_avg_sq_col" and param.ndim > 2) or name in _CUT
 
-    def update(self, pieces, group, numbers, scalars):
+    def update(
+        self,
+        pieces: list[Piece],
+        group: dict[str, Any],
+        numbers: list[int],
+        scalars: dict[str, Tensor | None],
+    ) -> None:
         if self.ranks is not None:
             self.update_all([(pieces, group, numbers, scalars)])
             return
@@ -116,7 +132,7 @@ class AdaLomo(FusedOptimizer):
         ops.adalomo_update_(*tensors, **options)
         self._keep(pieces, options["sums"])
 
-    def update_all(self, updates):
+    def update_all(self, updates: Iterable[tuple[Any, ...]]) -> None:
         """Of sharded parameters with two messages, however many there are."""
         if self.ranks is None:
             super().update_all(updates)

@@ -1,6 +1,13 @@
 """LOMO: stochastic gradient descent whose gradients never exist all at once."""
 
+from typing import Any
+
+from torch import Tensor
+
 from .. import ops
+from ..ops.annotations import Backend, Products
+from .annotations import Norm, Rounding, Scale, Strategy, Trained
+from .gradient import Piece
 from .optimizer import FusedOptimizer
 
 
@@ -63,21 +70,21 @@ class Lomo(FusedOptimizer):
 
     def __init__(
         self,
-        model_or_params,
-        lr=1e-3,
-        clip_grad_norm=None,
-        clip_grad_value=None,
-        weight_decay=0.0,
-        loss_scale_args=None,
+        model_or_params: Trained,
+        lr: float = 1e-3,
+        clip_grad_norm: float | None = None,
+        clip_grad_value: float | None = None,
+        weight_decay: float = 0.0,
+        loss_scale_args: dict[str, Any] | None = None,
         *,
-        norm="global",
-        strategy="auto",
-        factor_budget=None,
-        rounding="auto",
-        loss_scale="auto",
-        backend="auto",
-        seed=0,
-    ):
+        norm: Norm = "global",
+        strategy: Strategy = "auto",
+        factor_budget: int | None = None,
+        rounding: Rounding = "auto",
+        loss_scale: Scale = "auto",
+        backend: Backend = "auto",
+        seed: int = 0,
+    ) -> None:
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -97,7 +104,13 @@ class Lomo(FusedOptimizer):
             backend=backend,
         )
 
-    def update(self, pieces, group, numbers, scalars):
+    def update(
+        self,
+        pieces: list[Piece],
+        group: dict[str, Any],
+        numbers: list[int],
+        scalars: dict[str, Any],
+    ) -> None:
         kept = [self.rounding_of(piece.param, group) for piece in pieces]
         ops.lomo_update_(
             [piece.tensor for piece in pieces],
@@ -115,7 +128,14 @@ class Lomo(FusedOptimizer):
             **scalars,
         )
 
-    def update_product(self, param, pairs, group, number, scalars):
+    def update_product(
+        self,
+        param: Tensor,
+        pairs: Products,
+        group: dict[str, Any],
+        number: int,
+        scalars: dict[str, Any],
+    ) -> None:
         rounding, low = self.rounding_of(param, group)
         ops.product_update_(
             param,

@@ -5,13 +5,17 @@ import logging
 import math
 import weakref
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import ops
 from . import notices, sharding
 from .arguments import check_group, check_strategy, positive_or_none
 from .choosing import Choice, Waits, chosen, default_budget
+from .gradient import Piece
 from .gram import Cancellation
 from .graph import graph_of
 from .loss_scale import LossScale, LossScaler, asked
@@ -52,7 +56,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     takes_products = False  # whether there is an `update_product`
     whole_rows = False  # whether a sharded parameter must be cut along its first dimension
     must_scale = True  # whether a bare loss.backward() is a mistake where a scale was asked for
-    dtypes = (*ops.DTYPES, torch.float64)
+    dtypes: tuple[torch.dtype, ...] = (*ops.DTYPES, torch.float64)
     gather_norm = False  # lomo_optim's loops read it
 
     def __init__(
@@ -114,7 +118,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # -- torch.optim.Optimizer ---------------------------------------------------------------------
 
-    def add_param_group(self, param_group):
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group as torch does; its parameters are released in backward from now on.
 
         Raises:
@@ -179,7 +183,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 raise TypeError(f"{name} must be one of {known}, got {param.dtype}")
             ops.pick_backend(param.device, self.backend_name, param.dtype)
 
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Closes the step: uses the gradients that wait or were accumulated, advances the counters.
 
         After a backward that updated everything, and without one, there is nothing left to do, so
@@ -241,7 +245,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return grad if self.ranks is None else sharding.local_gradient(grad, param, self.name_of)
 
     @unwatched
-    def zero_grad(self, set_to_none=True):
+    def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops gradients that wait or were accumulated. Updates made in backward stay."""
         self._adopt()
         if self._step.wrote:
@@ -251,7 +255,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
 
     @property
-    def is_clean(self):
+    def is_clean(self) -> bool:
         """Whether nothing is left of a step: no gradient waits or is accumulated, none was used
         since the last step(), no norm was decided, and no `accumulate()` is open."""
         return (
@@ -262,7 +266,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         )
 
     @unwatched
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """As torch; with dynamic loss scaling also `loss_scale`, for which the device is asked.
 
         State is whole before the first step, too, and that of a sharded parameter is sharded alike
@@ -302,7 +306,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return name == "low"
 
     @unwatched
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch, but state keeps its dtype: torch would cast it to the parameter's."""
         self._adopt()
         super().load_state_dict(state_dict)
@@ -332,7 +336,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # -- driving a step ----------------------------------------------------------------------------
 
-    def backward(self, loss):
+    def backward(self, loss: Tensor) -> None:
         """One whole step: backward, once or twice as clipping and `strategy` need, and `step()`.
 
         Raises:
@@ -343,7 +347,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self.grad_norm(loss)
         self.fused_backward(loss)
 
-    def grad_norm(self, loss):
+    def grad_norm(self, loss: Tensor) -> Tensor | None:
         """The global norm of the gradients of `loss`, before the first update.
 
         With `clip_grad_norm` and norm="global" it also fixes the clip coefficient for the updates
@@ -415,7 +419,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._report = self._step.report
         self.cancellation.close()
 
-    def fused_backward(self, loss, lr=None):
+    def fused_backward(self, loss: Tensor, lr: float | None = None) -> None:
         """Backward with every update inside it, then `step()`.
 
         After a `grad_norm(loss)` that left gradients waiting there is no second backward for them:
@@ -515,7 +519,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._leaves is not None:
             self._leaves.close()
 
-    def scale(self, loss):
+    def scale(self, loss: Tensor) -> Tensor:
         """loss * loss_scale, for `opt.scale(loss).backward()`; the updates divide by it again."""
         scaling = self._scaling()
         if scaling is None:
@@ -531,7 +535,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return loss * self.scalars.scale(loss.device)
 
     @contextlib.contextmanager
-    def accumulate(self):
+    def accumulate(self) -> Iterator[None]:
         """Adds up the gradients of several backwards before they are used.
 
         They are accumulated in `param.grad`, in the ordinary way and the memory of all gradients.
@@ -546,7 +550,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         finally:
             self._holding = before
 
-    def remove(self):
+    def remove(self) -> None:
         """Takes the hooks off the model. `step()` then updates from `param.grad`, as in torch."""
         self._attached = False
         self._watch.release()
@@ -556,14 +560,14 @@ class FusedOptimizer(torch.optim.Optimizer):
     # -- what happened -----------------------------------------------------------------------------
 
     @property
-    def backend(self):
+    def backend(self) -> str:
         """Name of the backend that updates the first parameter's device."""
         first = next(self._params())
         module = ops.pick_backend(first.device, self.backend_name, first.dtype)
         return module.__name__.rpartition(".")[2]
 
     @property
-    def last_step_skipped(self):
+    def last_step_skipped(self) -> bool:
         """Whether a non-finite gradient made the last step skip its updates; asks the device.
 
         All or nothing after a norm pass (`grad_norm`, or held gradients and a global norm): nothing
@@ -574,13 +578,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         return any(bool(device.flags.any()) for device in devices)
 
     @property
-    def last_grad_norm(self):
+    def last_grad_norm(self) -> float | None:
         """Total norm before clipping in the last step, where one was computed; asks the device."""
         norm = None if self._last is None else self._last.grad_norm
         return None if norm is None else float(norm)
 
     @property
-    def last_waiting_bytes(self):
+    def last_waiting_bytes(self) -> int:
         """Bytes of factors and gradients that waited for the norm at the end of the last backward.
 
         Beside activations that are not recomputed they do not raise the peak of a step: backward
@@ -588,7 +592,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         return self._report.nbytes if self._report else 0
 
-    def explain(self):
+    def explain(self) -> str:
         """A text: the strategy, its reason, and the gradients that waited in the last step."""
         if not self.needs_norm:
             text = "no global norm: each gradient is used in backward and freed at once"
@@ -606,7 +610,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return "\n".join(lines) or f"strategy {self.strategy}: no step was made yet"
 
     @unwatched
-    def would_wait(self, loss=None):
+    def would_wait(self, loss: Tensor | None = None) -> tuple[list[Waits], list[Waits], int]:
         """After a forward: the bytes that a step would keep until the norm is known.
 
         Args:
@@ -645,12 +649,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         listed = [waits.pop(key) for key in self._leaves.used() if key in waits]
         return small, listed, sum(each.nbytes for each in waits.values())
 
-    def waiting_tensors(self):
+    def waiting_tensors(self) -> list[Tensor]:
         """The gradients and factors that wait for the norm now."""
         return self._step.waiting.tensors
 
     @property
-    def loss_scale(self):
+    def loss_scale(self) -> float | None:
         """The factor of the next loss, None without scaling; asks the device if it is dynamic."""
         scaling = self._scaling()
         if isinstance(scaling, LossScale):
@@ -658,12 +662,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         return scaling
 
     @property
-    def clip_grad_norm(self):
+    def clip_grad_norm(self) -> float | None:
         """The largest norm, or None; may be changed between steps."""
         return self._clip_grad_norm
 
     @clip_grad_norm.setter
-    def clip_grad_norm(self, max_norm):
+    def clip_grad_norm(self, max_norm: float | None) -> None:
         max_norm = positive_or_none("clip_grad_norm", max_norm)
         check_strategy(
             type(self).__name__, self.norm, self.strategy, self.factor_budget, max_norm,
@@ -677,13 +681,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._attach()
 
     @property
-    def loss_scaler(self):
+    def loss_scaler(self) -> LossScaler | None:
         """lomo_optim's name of the loss scaling: None without one, else an object with
         `has_overflow_serial` and `loss_scale`."""
         return None if self._scaling() is None else LossScaler(self)
 
     @property
-    def clip_coef(self):
+    def clip_coef(self) -> Any:
         """The clip coefficient of a norm that is known and not used yet, else None; asks the
         device."""
         if not self._step.is_decided or not self.needs_norm:
@@ -691,7 +695,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return self.scalars.clip_coef
 
     @property
-    def found_inf(self):
+    def found_inf(self) -> bool:
         """Whether the step in progress, or else the last one, met a gradient that is not finite;
         asks the device."""
         if self.scalars.is_open:
@@ -701,17 +705,17 @@ class FusedOptimizer(torch.optim.Optimizer):
     # -- inside ------------------------------------------------------------------------------------
 
     @property
-    def needs_norm(self):
+    def needs_norm(self) -> bool:
         """Whether the norm of all gradients is found before the first update."""
         wanted = self.clip_grad_norm is not None or self.strategy == "one_backward"
         return wanted and self.norm == "global"
 
     @property
-    def own_norms(self):
+    def own_norms(self) -> bool:
         """Whether each gradient is clipped by its own norm."""
         return self.clip_grad_norm is not None and self.norm == "tensor"
 
-    def name_of(self, param):
+    def name_of(self, param: Tensor) -> str:
         name = self._names.get(id(param))
         return name or f"parameter {self.numbers[id(param)]} of shape {tuple(param.shape)}"
 
@@ -739,7 +743,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if watch.count > len(self.numbers):  # groups were edited
             watch.release(keep={id(p) for p in self._params()})
 
-    def give_up(self):
+    def give_up(self) -> None:
         """Another optimizer takes over the parameters."""
         self._taken_over = True
         self._drop()
@@ -854,16 +858,33 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # -- for rules ---------------------------------------------------------------------------------
 
-    def update_all(self, updates):
+    def update(
+        self,
+        pieces: list[Piece],
+        group: dict[str, Any],
+        numbers: list[int],
+        scalars: dict[str, Any],
+    ) -> None:
+        """The rule itself: writes `piece.tensor` by `piece.grad` for each of the pieces.
+
+        Args:
+            pieces: parameters, or parts of them, of one group.
+            group: its options, and "step".
+            numbers: of the parameters, for random bits.
+            scalars: inv_scale, clip_coef, found_inf and skip, as `ops.lomo_update_` takes them.
+        """
+        raise NotImplementedError
+
+    def update_all(self, updates: Iterable[tuple[Any, ...]]) -> None:
         """The updates of what waited; a rule whose ranks exchange sums in them does so at once."""
         for update in updates:
             self.update(*update)
 
-    def make_state(self, param, group):
+    def make_state(self, param: Tensor, group: dict[str, Any]) -> None:
         """Makes the state of a parameter that has none yet: zeros."""
         self.rounding_of(param, group)
 
-    def rounding_of(self, param, group):
+    def rounding_of(self, param: Tensor, group: dict[str, Any]) -> tuple[Any, Tensor | None]:
         """How the group stores the parameter, and the int16 halves of it for "split"."""
         rounding, low = group["rounding"], None
         if rounding == "auto":
