@@ -90,7 +90,7 @@ def _add_plan_options(plan):
         plan.add_argument(name, help=help, type=type, default=argparse.SUPPRESS, **more)
 
     names = ", ".join(huggingface.CONFIGS)
-    add("--model", f"a config.json, a folder with one, or {names}", required=True)
+    add("--model", f"a config.json, a folder, a model id of the hub, or {names}", required=True)
     add("--optimizer", ", ".join(memory.OPTIMIZERS))
     add("--clip-grad-norm", f"of {OURS}; 0 switches it off", float)
     add("--strategy", f"of {OURS}: {', '.join(STRATEGIES)}")
@@ -108,7 +108,7 @@ def _add_plan_options(plan):
     add("--units", "of fsdp2: layer, or fine: attention, MLP, embedding and head apart")
     add("--offload", "cpu: parameters, gradients and states live in host memory")
     add("--device", "cuda or cpu")
-    add("--device-memory", "of each device, e.g. 24GiB: says whether it fits")
+    add("--device-memory", "of each device, bytes or e.g. 24GiB: says whether it fits")
     add("--search", "batch or sequence: finds the largest that fits")
     plan.add_argument("--json", action="store_true", help="print bytes as json")
     plan.add_argument("--plot", metavar="FILE", help="draw a bar chart; needs matplotlib")
