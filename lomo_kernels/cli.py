@@ -5,9 +5,11 @@ import contextlib
 import inspect
 import json
 import platform
+import re
 import sys
 from dataclasses import fields
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -231,6 +233,7 @@ def _doctor(options):
     """Prints what a bug report needs; 0 when something can run the update on this machine."""
     rows = {
         "lomo_kernels": __version__,
+        "installed as": _origin(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch's cuda": torch.version.cuda or torch.version.hip or "none: a CPU build",
@@ -254,6 +257,18 @@ def _doctor(options):
         healthy &= bool(able)
         print(f"{f'auto on {device}':24}{able[0] if able else 'nothing'}")
     return 0 if healthy else 1
+
+
+def _origin():
+    """A wheel for many machines, a build for this one, or a source tree."""
+    here = Path(__file__).parent
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        found = metadata.distribution(here.name)
+        tags = re.findall("^Tag: (.*)$", found.read_text("WHEEL") or "", re.MULTILINE)
+        if tags and Path(found.locate_file(here.name)).resolve() == here.resolve():
+            kind = "wheel" if "manylinux" in tags[0] else "built from source,"
+            return f"{kind} {', '.join(tags)}"
+    return f"source tree in {here.parent}"
 
 
 def _version(name):
