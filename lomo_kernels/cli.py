@@ -5,9 +5,11 @@ import contextlib
 import inspect
 import json
 import platform
+import re
 import sys
 from dataclasses import fields
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -91,7 +93,7 @@ def _add_plan_options(plan):
         plan.add_argument(name, help=help, type=type, default=argparse.SUPPRESS, **more)
 
     names = ", ".join(shapes.CONFIGS)
-    add("--model", f"a config.json, a folder with one, or {names}", required=True)
+    add("--model", f"a config.json, a folder, a model id of the hub, or {names}", required=True)
     add("--optimizer", ", ".join(memory.OPTIMIZERS))
     add("--clip-grad-norm", f"of {OURS}; 0 switches it off", float)
     add("--strategy", f"of {OURS}: {', '.join(STRATEGIES)}")
@@ -109,7 +111,7 @@ def _add_plan_options(plan):
     add("--units", "of fsdp2: layer, or fine: attention, MLP, embedding and head apart")
     add("--offload", "cpu: parameters, gradients and states live in host memory")
     add("--device", "cuda or cpu")
-    add("--device-memory", "of each device, e.g. 24GiB: says whether it fits")
+    add("--device-memory", "of each device, bytes or e.g. 24GiB: says whether it fits")
     add("--search", "batch or sequence: finds the largest that fits")
     plan.add_argument("--json", action="store_true", help="print bytes as json")
     plan.add_argument("--plot", metavar="FILE", help="draw a bar chart; needs matplotlib")
@@ -233,6 +235,7 @@ def _doctor(options):
     """Prints what a bug report needs; 0 when something can run the update on this machine."""
     rows = {
         "lomo_kernels": __version__,
+        "installed as": _origin(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch's cuda": torch.version.cuda or torch.version.hip or "none: a CPU build",
@@ -256,6 +259,18 @@ def _doctor(options):
         healthy &= bool(able)
         print(f"{f'auto on {device}':24}{able[0] if able else 'nothing'}")
     return 0 if healthy else 1
+
+
+def _origin():
+    """A wheel for many machines, a build for this one, or a source tree."""
+    here = Path(__file__).parent
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        found = metadata.distribution(here.name)
+        tags = re.findall("^Tag: (.*)$", found.read_text("WHEEL") or "", re.MULTILINE)
+        if tags and Path(found.locate_file(here.name)).resolve() == here.resolve():
+            kind = "wheel" if "manylinux" in tags[0] else "built from source,"
+            return f"{kind} {', '.join(tags)}"
+    return f"source tree in {here.parent}"
 
 
 def _version(name):

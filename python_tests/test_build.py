@@ -52,18 +52,27 @@ def built(source, tmp_path_factory):
     return sdist, wheel
 
 
-def test_sdist_holds_what_the_build_needs_and_examples_but_no_tests(built):
-    with tarfile.open(built[0]) as archive:
-        names = {name.partition("/")[2] for name in archive.getnames()}
-    tracked = {
-        f"{folder}/{path.name}"
-        for folder in ("csrc", "examples")
-        for path in (ROOT / folder).iterdir()
+def files(folder, *rooms):
+    """Names of the files in these rooms of a folder."""
+    return {
+        str(path.relative_to(folder))
+        for room in rooms
+        for path in ((folder / room).rglob("*") if (folder / room).is_dir() else [folder / room])
         if path.is_file()
     }
-    assert tracked <= names
-    assert {"setup.py", "CMakeLists.txt", "pyproject.toml", "LICENSE", "README.md"} <= names
-    assert not [n for n in names if n.startswith(("python_tests/", "bench/")) or n.endswith(".so")]
+
+
+def test_sdist_holds_what_the_build_needs_and_no_tests(built, source):
+    with tarfile.open(built[0]) as archive:
+        names = {m.name.partition("/")[2] for m in archive.getmembers() if m.isfile()}
+    made = {
+        name for name in names if re.match(r"PKG-INFO$|setup\.cfg$|lomo_kernels\.egg-info/", name)
+    }
+    assert names - made == files(
+        source, "lomo_kernels", "csrc", "docs", "examples", "CHANGELOG.md", "CMakeLists.txt",
+        "LICENSE",
+        "MANIFEST.in", "README.md", "pyproject.toml", "setup.py",
+    )  # fmt: skip
 
 
 def test_the_version_is_the_one_that_the_changelog_begins_with(built):
@@ -72,14 +81,29 @@ def test_the_version_is_the_one_that_the_changelog_begins_with(built):
     assert [path.name.split("-")[1].removesuffix(".tar.gz") for path in built] == [version] * 2
 
 
-def test_wheel_holds_the_package_alone(built):
+def test_wheels_are_for_the_pythons_that_are_named_and_are_tried_alike():
+    project = (ROOT / "pyproject.toml").read_text()
+    build = re.search('^build = "(.*)"', project, re.MULTILINE)[1]
+    named = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', project)
+    assert build.split() == [f"cp{version.replace('.', '')}-*" for version in named]
+    assert f'requires-python = ">={named[0]}"' in project
+    script = (ROOT / ".ci" / "wheels").read_text()
+    tests, ours = (
+        re.findall(r"pytest (python_tests/[^\n\"]*)", text) for text in (project, script)
+    )
+    assert len(tests) == 1
+    assert tests == ours
+    assert all((ROOT / name).is_file() for name in tests[0].split())
+
+
+def test_wheel_holds_the_package_alone(built, source):
+    """It was built from the sdist: nothing of the package is lost on the way."""
     with zipfile.ZipFile(built[1]) as archive:
-        names = archive.namelist()
-    tops = {name.split("/")[0] for name in names}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"lomo_kernels"}
-    assert len([name for name in names if re.match(r"lomo_kernels/_C\..*so$", name)]) == 1
-    modules = {str(p.relative_to(ROOT)) for p in (ROOT / "lomo_kernels").rglob("*.py")}
-    assert modules | {"lomo_kernels/py.typed", "lomo_kernels/_C.pyi"} <= set(names)
+        names = {name for name in archive.namelist() if not name.endswith("/")}
+    (module,) = (name for name in names if re.match(r"lomo_kernels/_C\..*so$", name))
+    (about,) = {name.split("/")[0] for name in names if ".dist-info/" in name}
+    package = {name for name in names if not name.startswith(f"{about}/")}
+    assert package == files(source, "lomo_kernels") | {module}
 
 
 def test_wheel_installs_and_its_doctor_is_content(built, tmp_path):
@@ -88,14 +112,26 @@ def test_wheel_installs_and_its_doctor_is_content(built, tmp_path):
          "--target", tmp_path, built[1]],
         check=True, env=environment(),
     )  # fmt: skip
+    printed = doctor(tmp_path)
+    assert "native on cpu           runs" in printed
+    assert "cuda compiler           none: built without CUDA" in printed
+    tag = built[1].stem.split("-", 2)[2]
+    assert f"installed as            built from source, {tag}\n" in printed
+    (wheel,) = tmp_path.glob("*.dist-info/WHEEL")  # auditwheel writes there what a wheel runs on
+    wheel.write_text(wheel.read_text().replace("-linux_", "-manylinux_2_28_"))
+    tag = tag.replace("-linux_", "-manylinux_2_28_")
+    assert f"installed as            wheel {tag}\n" in doctor(tmp_path)
+
+
+def doctor(folder):
+    """What it says of the package in a folder."""
     result = subprocess.run(
         [sys.executable, "-c", "import sys; from lomo_kernels.cli import main; sys.exit(main())",
          "doctor"],
-        cwd=tmp_path, capture_output=True, text=True, env=environment(PYTHONPATH=str(tmp_path)),
+        cwd=folder, capture_output=True, text=True, env=environment(PYTHONPATH=str(folder)),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "native on cpu           runs" in result.stdout
-    assert "cuda compiler           none: built without CUDA" in result.stdout
+    return result.stdout
 
 
 def configure(folder, *options, **variables):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ def test_doctor_is_content_with_a_cpu(capsys):
     printed = capsys.readouterr().out.splitlines()
     lines = {line[:24].strip(): line[24:].strip() for line in printed}
     assert lines["lomo_kernels"] == lomo_kernels.__version__
+    assert lines["installed as"] == f"source tree in {Path(__file__).parent.parent}"
     assert lines["torch"] == torch.__version__
     assert lines["native on cpu"] == lines["reference on cpu"] == "runs"
     assert lines["auto on cpu"] == "native"

@@ -1,5 +1,6 @@
 """What a training step of a model would need, without the model."""
 
+import itertools
 import math
 import re
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ class Plan:
     margin: device_memory - peak, None where no device memory was given. fits: whether it is >= 0.
     host_peak, host_at_peak: the same of host memory, where parameters live there, else None.
     largest_batch, largest_sequence: the most that fit, the other being as it is; None where they
-    were not asked for.
+    were not asked for. text_alone: the model reads images or sound too, and the step has none.
     """
 
     model: str
@@ -35,6 +36,7 @@ class Plan:
     device_memory: int | None
     largest_batch: int | None = None
     largest_sequence: int | None = None
+    text_alone: bool = False
 
     @property
     def peak(self):
@@ -82,7 +84,7 @@ class Plan:
         for name, most in (("batch", self.largest_batch), ("sequence", self.largest_sequence)):
             if most is not None:
                 text += f"; largest {name} {most}" if most else f"; no {name} fits"
-        return text
+        return text + ("; on text alone, without images or sound" if self.text_alone else "")
 
     def to_dict(self):
         """Everything, in bytes, for json."""
@@ -97,6 +99,7 @@ class Plan:
             "fits": self.fits,
             "largest_batch": self.largest_batch,
             "largest_sequence": self.largest_sequence,
+            "text_alone": self.text_alone,
         }
 
     def __str__(self):
@@ -137,12 +140,15 @@ def plan(
     GiB), workspaces inside kernels and communication libraries.
 
     Args:
-        model: one of `MODELS`, a config.json, a folder with one, or a transformers configuration.
+        model: one of `integrations.shapes.CONFIGS`, a config.json, a folder with one, a model
+            id of the hub (the configuration alone is loaded), or a transformers configuration, of
+            a causal, masked, sequence-to-sequence or image-and-text language model.
         optimizer: one of `OPTIMIZERS`. "-master" keeps an fp32 copy of the parameters and fp32
             states, mixed precision as it is usual; "adamw" and "sgd" are torch's.
         clip_grad_norm, strategy, rounding: of lomo and adalomo, as in `Lomo`.
         dtype: of the parameters: "float32", "bfloat16", "float16".
-        batch, sequence: sequences of a step on each device, and tokens of each, without padding.
+        batch, sequence: sequences of a step on each device, and tokens of each, without padding;
+            a decoder beside an encoder has as many.
         checkpointing: None, "non_reentrant" or "reentrant".
         attention: "eager", "sdpa" or another of transformers'; None: its choice.
         devices, sharding: "fsdp2" or "zero3": parameters, gradients and states are shared by so
@@ -187,6 +193,7 @@ def plan(
     memory = None if device_memory is None else byte_count(device_memory)
     if search and memory is None:
         raise ValueError("the search for what fits needs device_memory, got none")
+    progress("reading the configuration")
     config = shapes.config_of(model)
     options = {}
     if optimizer in RELEASING:
@@ -198,14 +205,16 @@ def plan(
     summary = predict(config, job, progress)
     most = {}
     if search:
+        tries = itertools.count(1)
 
         def needs(changed):
-            progress(f"trying {search} {getattr(changed, search)}")
-            return predict(config, changed).peak.total
+            what = f"try {next(tries)}, {search} {getattr(changed, search)}"
+            return predict(config, changed, lambda text: progress(f"{what}: {text}")).peak.total
 
         most = {f"largest_{search}": largest(search, job, needs, memory)}
     name = model if isinstance(model, str) else getattr(config, "model_type", "model")
-    return Plan(str(name), job, parameters(config), summary, memory, **most)
+    more = {"text_alone": shapes.is_multimodal(config), **most}
+    return Plan(str(name), job, parameters(config), summary, memory, **more)
 
 
 def _one_of(name, value, known):

@@ -4,7 +4,10 @@ import contextlib
 from dataclasses import dataclass, replace
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
 
 from ..integrations import shapes
 from ..integrations.library import ModelError
@@ -17,6 +20,7 @@ from .recorder import Recorder
 from .timeline import extended, layer_regions, summarise
 
 TRACED = 3  # and one more: see Note [More layers]
+DATA_DEPENDENT = DataDependentOutputException, DynamicOutputShapeException
 
 
 @dataclass(frozen=True)
@@ -49,16 +53,18 @@ class Job:
 
 def predict(config, job, progress=lambda text: None):
     """A `timeline.Summary` of one step in its steady state (states exist) of the whole model."""
+    progress("counting parameters")
     layers = shapes.layers_of(config)
     if layers is None or not _alike(config, layers):
         progress("tracing the whole model")
-        return _together([traced(config, job, layers or 0)])
+        return _together([traced(config, job)])
 
     def regions(count, **options):
         progress(f"tracing {count} of {layers} layers")
         changed = replace(job, options=tuple({**dict(job.options), **options}.items()))
         return traced(shapes.with_layers(config, count), changed, count)
 
+    progress("asking what would wait for the norm")
     wait = _Wait.of(config, job, layers) if job.chooses else None
     options = {} if wait is None else {"strategy": wait.strategy}
     if wait is not None and wait.everything:
@@ -169,14 +175,14 @@ def _would_wait(config, job):
         return optimizer.would_wait()
 
 
-def traced(config, job, layers):
+def traced(config, job, layers=None):
     """Summaries of the regions of the step, by Note [More layers], on the device and, None without
-    offload, in host memory."""
-    regions = layer_regions(layers)
+    offload, in host memory. Without `layers` the whole step is one region."""
+    regions = (lambda place: ((),)) if layers is None else layer_regions(layers)
     with _fake_model(config, job) as (model, device):
         try:
             recorder = record(model, job, device)
-        except DataDependentOutputException as error:
+        except DATA_DEPENDENT as error:
             raise ModelError(
                 f"the model's code looks at the values of a tensor ({error.func}), and a plan has "
                 "none: take a newer transformers, whose experts do not"
@@ -202,13 +208,30 @@ def sharded_as(job, model, mesh):
 
 def model_of(config, job):
     dtype = getattr(torch, job.dtype)
-    return shapes.from_config(config, dtype, job.checkpointing, job.attention)
+    kind = shapes.kind_of(config)
+    return shapes.from_config(config, dtype, job.checkpointing, job.attention, kind)
 
 
 def loss_of(model, job, device=None):
+    """Of tokens alone; a decoder beside an encoder has as many as that.
+
+    Raises:
+        ModelError: the model does not run on them.
+    """
     device = device or next(model.parameters()).device
     tokens = torch.zeros(job.batch, job.sequence, dtype=torch.long, device=device)
-    return model(input_ids=tokens, labels=tokens).loss
+    batch = {"input_ids": tokens, "labels": tokens}
+    if model.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = tokens
+    try:
+        return model(**batch).loss
+    except DATA_DEPENDENT:
+        raise
+    except Exception as error:  # anywhere in the model's own code
+        raise ModelError(
+            f"this {model.config.model_type} model does not run on tokens alone: "
+            f"{type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _alike(config, layers):
@@ -222,7 +245,8 @@ def parameters(config):
     key = config.to_json_string(use_diff=False)
     if key not in _COUNTED:
         with torch.device("meta"):
-            model = shapes.from_config(config, torch.bfloat16)
+            kind = shapes.kind_of(config)
+            model = shapes.from_config(config, torch.bfloat16, kind=kind)
         _COUNTED[key] = sum(param.numel() for param in model.parameters())
     return _COUNTED[key]
 
