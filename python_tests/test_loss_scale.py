@@ -459,8 +459,19 @@ def test_lomo_optim_s_arguments():
         "init_scale": 4096, "scale_factor": 4.0, "scale_window": 5, "min_scale": 2,
         "delayed_shift": 1, "consecutive_hysteresis": True, "raise_error_at_min_scale": False,
     }  # fmt: skip
-    optimizer = Lomo(models.build(), 1e-3, None, None, 0.0, arguments)
-    assert optimizer._scaling() == LossScale(4096, 4.0, 0.25, 5, 2)
+    model = models.build()
+    optimizer = Lomo(model, 1e-3, None, None, 0.0, arguments)
+
+    def scale_after(steps, factor):
+        for _ in range(steps):
+            optimizer.backward(models.loss_of(model) * factor)
+        return optimizer.loss_scale
+
+    assert optimizer.loss_scale == 4096
+    assert scale_after(1, math.inf) == 1024
+    assert scale_after(4, 1.0) == 1024
+    assert scale_after(1, 1.0) == 4096
+    assert scale_after(7, math.inf) == 2
     assert arguments["scale_window"] == 5
     assert Lomo(models.build(), 1e-3, None, None, 0.0, {}).loss_scale is None
 

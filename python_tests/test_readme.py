@@ -34,7 +34,7 @@ def options(command):
         pytest.importorskip("transformers", reason="transformers is not installed")
         parser = importlib.import_module(command).parser()
     else:
-        parser = cli._parser()
+        parser = cli.parser()
         commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
         parser = commands.choices[command]
     for action in parser._actions:
