@@ -68,11 +68,8 @@ def test_the_trajectory_is_gradscaler_s(options, drive):
         bad = generator.random() < 0.2
         loss = models.spoiled_loss(model, math.inf, 1) if bad else models.loss_of(model, step)
         assert optimizer.loss_scale == scaler.get_scale()
-        before = models.snapshot(model)
         drive(optimizer, loss)
         assert optimizer.last_step_skipped == bad
-        if bad and optimizer.clip_grad_norm is not None and optimizer.norm == "global":
-            assert models.same(model, before)
         scaler.scale(
             models.spoiled_loss(twin, math.inf, 1) if bad else models.loss_of(twin)
         ).backward()
