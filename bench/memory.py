@@ -121,7 +121,7 @@ def table1():
     rows = record.read("table1")
     body = []
     for row in rows:
-        paper = PAPER.get((STEPS[row["optimizer"]][0], _checkpointing(row["checkpointing"])))
+        paper = PAPER.get((STEPS[row["optimizer"]][0], checkpointing_of(row)))
         cells = [
             f"{int(row[f'{c}_bytes']) / GIB:.2f}" + ("" if paper is None else f" ({paper[i]:.2f})")
             for i, c in enumerate(memory.CATEGORIES[:4])
@@ -145,8 +145,8 @@ def table1():
     return table(head, body) + origin(rows, "table1")
 
 
-def _checkpointing(text):
-    return None if text == "no" else text
+def checkpointing_of(row):
+    return None if row["checkpointing"] == "no" else row["checkpointing"]
 
 
 def cards():

@@ -106,7 +106,7 @@ def sets_of(case, where):
     return [Set(*(tensors(*kind) for kind in kinds)) for _ in range(count)]
 
 
-class _OnCpu:
+class CpuClock:
     how = "clock"
 
     def __init__(self, runs):
@@ -127,7 +127,7 @@ class _OnCpu:
         return None
 
 
-class _OnGpu:
+class GpuClock:
     def __init__(self, runs, rival, flush):
         size = rival.bytes
         self.runs = (runs * math.ceil(256e6 / max(size * len(runs), 4e6)))[:CALLS]
@@ -188,7 +188,7 @@ def compare(where, case, rivals, seconds):
         try:
             of_its_own = i == len(rivals) - 1  # the copy has large tensors, beside small ones too
             runs = [rival.make(each) for each in sets[: 1 if of_its_own else None]]
-            clocks[i] = _OnGpu(runs, rival, flush) if where.gpu else _OnCpu(runs)
+            clocks[i] = GpuClock(runs, rival, flush) if where.gpu else CpuClock(runs)
         except Exception as error:  # a rival that cannot do this case is a row that says so
             failed[i] = error
     samples = {i: [] for i in clocks}

@@ -26,12 +26,11 @@ OURS = " and ".join(OPTIMIZERS)
 
 
 def main(arguments=None):
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     return options.command(options)
 
 
-def _parser():
+def parser():
     parser = argparse.ArgumentParser(prog="lomo-kernels", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="command")

@@ -88,6 +88,39 @@ def test_counting_sees_reads_and_calls_of_our_kernels():
     assert bench_host.counts(CPU, step) == (4, 1)  # zeros, the kernel, a product, a sum
 
 
+@pytest.mark.parametrize(
+    "key", [key for key in bench_host.RIVALS if key[0] in ("Lomo", "torch SGD")]
+)
+def test_every_rival_makes_the_step(key):
+    model = bench_host.Model(5, torch.device("cpu"))
+    before = [p.detach().clone() for p in model.params]
+    for grad in model.grads:
+        grad.mul_(1000)  # above the norm to which it is clipped
+    bench_host.RIVALS[key](model)()
+    norm = torch.linalg.vector_norm(torch.cat([g.flatten() for g in model.grads]))
+    scale = min(1.0, 1.0 / norm.item()) if "clip" in key[1] else 1.0
+    for p, old, grad in zip(model.params, before, model.grads):
+        torch.testing.assert_close(p.detach(), old - 1e-3 * scale * grad, rtol=0, atol=1e-8)
+        assert not torch.equal(p, old)
+
+
+def test_the_time_of_backward_alone_is_taken_off(monkeypatch):
+    clock = [0.0]
+
+    def lasting(seconds):
+        def step():
+            clock[0] += seconds
+
+        return lambda model: step
+
+    rivals = {("backward alone", ""): lasting(1e-5), ("Lomo", ""): lasting(7e-5)}
+    monkeypatch.setattr(bench_host, "RIVALS", rivals)
+    monkeypatch.setattr(bench_host.time, "perf_counter", lambda: clock[0])
+    alone, ours = bench_host.rows(CPU, 6, seconds=0.0)
+    assert (alone["p50_us"], ours["p50_us"]) == ("10.00", "70.00")
+    assert (alone["per_tensor_us"], ours["per_tensor_us"]) == ("0.000", "10.000")
+
+
 def test_rows(monkeypatch):
     """Every rival has a row; lomo-optim is not asked for what would take minutes."""
     monkeypatch.setattr(bench_host, "SQUARED", 5)

@@ -254,7 +254,8 @@ class Setup(NamedTuple):
 
     @property
     def all_or_nothing(self):
-        return self.clip == "global" or self.driver == "fused"
+        """Whether the norm, or what is not finite, is known before the first write."""
+        return self.clip == "global" or self.driver == "fused" or self.strategy == "one_backward"
 
     def drive(self, optimizer, model, step, injected=None):
         loss = loss_of(model, step)

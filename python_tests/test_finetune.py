@@ -39,6 +39,7 @@ def test_a_text_is_learned(tiny, tmp_path, capsys):
     assert record["after"]["value"] < 0.5 * record["before"]["value"]
     assert record["losses"][-1] < record["losses"][0]
     assert len(record["losses"]) == record["steps"] == 60
+    assert record["loss"] == pytest.approx(sum(record["losses"][-6:]) / 6)  # of the last tenth
     printed = capsys.readouterr().out
     assert "gradient norm" in printed
     assert "tokens/s" in printed
@@ -86,6 +87,12 @@ def test_every_option_runs(tiny, questions, tmp_path, options):
     )
     assert result(tmp_path)["steps"] == 3
     assert all(math.isfinite(loss) for loss in result(tmp_path)["losses"])
+    recorded = json.loads((tmp_path / "settings.json").read_text())
+    for i, name in enumerate(options):
+        if str(name).startswith("--"):
+            value = options[i + 1] if str(options[i + 1 : i + 2])[2:4] != "--" else True
+            wanted = None if value in (0, "none") else value
+            assert recorded[name[2:].replace("-", "_")] == wanted, name
 
 
 def test_the_scale_and_what_was_skipped_are_shown(tiny, questions, tmp_path, capsys):

@@ -14,7 +14,7 @@ from finetuning import loaded, result, run  # noqa: E402
 
 from lomo_kernels import finetune  # noqa: E402
 from lomo_kernels.finetune import data, formats, sources, tokens  # noqa: E402
-from lomo_kernels.finetune.examples import batch_of  # noqa: E402
+from lomo_kernels.finetune.examples import batch_of, batches  # noqa: E402
 from lomo_kernels.integrations import weights  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -451,3 +451,35 @@ def test_part_of_the_examples_is_taken_by_the_seed(tiny, questions, tmp_path):
     text.write_text("the sky is blue\n" * 100)
     with pytest.raises(finetune.DataError, match="is one text"):
         data.read(finetune.Settings(model=tiny, train=str(text), train_size=10))
+
+
+# -- parts and order -------------------------------------------------------------------------------
+
+
+def test_the_order_of_a_pass_is_of_the_seed_and_the_pass():
+    first, second, other = (batches(11, 4, *each) for each in ((0, 0), (0, 1), (1, 0)))
+    for each in (first, second, other):
+        assert [len(batch) for batch in each] == [4, 4, 3]
+        assert sorted(i for batch in each for i in batch) == list(range(11))
+    assert first != second != other != first
+    assert batches(11, 4, 0, 1) == second
+
+
+@pytest.mark.parametrize("part", ["validation", "held_out"])
+def test_what_is_put_aside_is_of_the_seed(tiny, questions, part):
+    def aside(seed):
+        found = data.read(finetune.Settings(model=tiny, train=questions, eval_every=1, seed=seed))
+        return [item.prompt for item in getattr(found, part)]
+
+    assert aside(3) == aside(3) != aside(4)
+
+
+def test_the_end_of_a_text_is_put_aside_and_not_trained_on(tiny, tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_text(text := "".join(f"line {i} of the text\n" for i in range(200)))
+    parts = data.read(finetune.Settings(model=tiny, train=str(path), eval_every=1))
+    (train,), (validation,), (held_out,) = parts.train, parts.validation, parts.held_out
+    assert train.text + validation.text + held_out.text == text
+    assert all(each.text.endswith("\n") for each in (train, validation, held_out))
+    assert len(held_out.text) == pytest.approx(len(text) / 10, abs=40)
+    assert len(validation.text) == pytest.approx(len(text) * 9 / 100, abs=40)

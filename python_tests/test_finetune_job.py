@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import os
 import resource
+import shutil
 import signal
 from pathlib import Path
 
@@ -31,7 +33,7 @@ class Quiet(finetune.Display):
     """Shows nothing; asks the run to stop after a step, as Ctrl-C does."""
 
     def __init__(self, stop_after=None):
-        super().__init__(file=open(os.devnull, "w"))  # noqa: SIM115
+        super().__init__(file=io.StringIO())
         self.stop_after = stop_after
 
     @contextlib.contextmanager
@@ -114,6 +116,30 @@ def test_accumulation_on_the_command_line(tiny, questions, tmp_path):
     assert result(tmp_path)["steps"] == 3  # of 108 examples, 36 a step
 
 
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "parts"),
+    [
+        ("linear", 1 / 2, [1 / 3, 2 / 3, 1, 1, 2 / 3, 1 / 3]),
+        ("cosine", 1 / 3, [1 / 2, 1, 1, (2 + 2**0.5) / 4, 1 / 2, (2 - 2**0.5) / 4]),
+        ("constant", 1 / 3, [1 / 2, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_the_learning_rate_of_every_step(tiny, questions, tmp_path, schedule, warmup, parts):
+    tuned(tmp_path, model=tiny, train=questions, steps=6, lr=0.5, schedule=schedule, warmup=warmup,
+          batch_size=1, eval_size=1)  # fmt: skip
+    rates = [row["lr"] for row in rows_of(tmp_path) if "lr" in row]
+    assert rates == pytest.approx([0.5 * part for part in parts])
+
+
+def test_every_pass_takes_all_examples_in_another_order(tiny, questions, tmp_path):
+    """Without learning each example has its own loss."""
+    tuned(tmp_path, model=tiny, train=questions, train_size=6, steps=12, batch_size=1, lr=0.0,
+          eval_size=1)  # fmt: skip
+    losses = result(tmp_path)["losses"]
+    assert sorted(losses[:6]) == pytest.approx(sorted(losses[6:]))
+    assert losses[:6] != pytest.approx(losses[6:])
+
+
 def test_autocast_computes_in_bfloat16_with_float32_weights(tiny, questions, tmp_path):
     arguments = ["--model", tiny, "--train", questions, "--steps", 2, "--seed", 3]
     assert run(*arguments, "--out", tmp_path / "plain") == 0
@@ -181,6 +207,48 @@ def test_a_choice_of_weights_survives_an_interruption(tiny, questions, tmp_path)
         for name in ("cut", "whole")
     )
     assert cut == once
+
+
+def test_a_resumed_run_draws_what_it_would_have_drawn(tiny, tmp_path):
+    """A model with dropout. The score before training is not made again of trained weights."""
+    model = shutil.copytree(tiny, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}))
+    same = {"length": 32, "steps": 6, "lr": 0.3, "batch_size": 8, "eval_size": 8}
+    whole = tuned(tmp_path / "whole", model=str(model), **same)
+    with pytest.raises(finetune.StoppedError):
+        tuned(tmp_path / "cut", stop_after=4, model=str(model), **same)
+    cut = tuned(tmp_path / "cut", model=str(model), **same)
+    assert cut.before == whole.before
+    assert cut.before.value > cut.after.value
+    assert result(tmp_path / "cut")["losses"] == result(tmp_path / "whole")["losses"]
+    tuned(tmp_path / "plain", model=tiny, **same)
+    assert result(tmp_path / "plain")["losses"] != result(tmp_path / "whole")["losses"]
+
+
+@pytest.mark.parametrize("fails", ["checkpoint-4", "model", "result.json"])
+def test_a_checkpoint_stays_until_what_replaces_it_is_there(
+    tiny, questions, tmp_path, monkeypatch, capsys, fails
+):
+    rename = Path.rename
+
+    def full(path, target):
+        if Path(target).name == fails:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return rename(path, target)
+
+    given = ["--model", tiny, "--train", questions, "--steps", 4, "--save-every", 2]
+    given += ["--eval-size", 2, "--out", tmp_path]
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", full)
+        assert run(*given) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    step, path = checkpoint.latest(tmp_path)
+    assert step == (2 if fails == "checkpoint-4" else 4)
+    assert (path / "state.pt").is_file()
+    assert run(*given) == 0
+    assert f"going on after step {step} of 4" in capsys.readouterr().out
+    assert len(result(tmp_path)["losses"]) == 4
 
 
 def test_eval_every_needs_no_folder(tiny, questions, capsys):

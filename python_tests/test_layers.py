@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lomo_kernels import ops
 from lomo_kernels.ops import native, reference, triton
@@ -156,6 +157,55 @@ def test_every_skip_gives_its_reason():
                 assert node.args, f"{path.name}:{node.lineno}"
             elif name in ("pytest.mark.skipif", "pytest.mark.skip"):
                 assert any(k.arg == "reason" for k in node.keywords), f"{path.name}:{node.lineno}"
+
+
+# Private names of the package and of bench that tests use all the same, and why.
+PRIVATE = {
+    "_C": "the extension module, which a test hands pointers that no tensor has",
+    "_TORCH_TILE": "small tiles make small cases of many tiles",
+    "_Watched": "calls are counted that nobody is told of",
+    "_add_in_order": "the declared order of sums is the definition",
+    "_arriving": "an event of a GPU that is not here",
+    "_devices": "a device that is not here cannot be read at the end",
+    "_load": "a rank loads its part of the model without a run",
+}
+
+
+def private_names(tree):
+    """What a file defines under a name that begins with one underscore."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            name = node.name
+        elif isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Store):
+            name = node.id if isinstance(node, ast.Name) else node.attr
+        else:
+            continue
+        if re.match("_[A-Za-z]", name):
+            yield name
+
+
+def test_no_test_reads_a_private_name_of_another_room():
+    """As an attribute, by import, or as the text that monkeypatch takes."""
+    rooms = [*PACKAGE.rglob("*.py"), *(ROOT / "bench").glob("*.py")]
+    defined = {name for path in rooms for name in private_names(ast.parse(path.read_text()))}
+    # not what torch gives every tensor, nor a method of every named tuple
+    defined = (defined | {"_C"}) - set(dir(torch.Tensor)) - {"_replace"}
+    used = {}
+    for path in Path(__file__).parent.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        own = set(private_names(tree))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and "torch" not in ast.unparse(node.value):
+                names = [node.attr]
+            elif isinstance(node, ast.ImportFrom):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("setattr"):
+                names = [each.value for each in node.args if isinstance(each, ast.Constant)]
+            else:
+                continue
+            for name in set(names) & defined - own:
+                used[name] = f"{path.name}:{node.lineno}"
+    assert used.keys() == PRIVATE.keys(), used
 
 
 def test_importing_starts_nothing():

@@ -15,7 +15,7 @@ CARDS = record.read("cards")
 def test_parameters_gradients_and_states_are_the_papers():
     compared = set()
     for row in ROWS:
-        key = memory.STEPS[row["optimizer"]][0], memory._checkpointing(row["checkpointing"])
+        key = memory.STEPS[row["optimizer"]][0], memory.checkpointing_of(row)
         if key in memory.PAPER:
             compared.add(key)
             for category, gib in list(zip(CATEGORIES, memory.PAPER[key]))[:3]:

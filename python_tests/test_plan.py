@@ -1,5 +1,6 @@
 """Plans against real steps of small models, public parameter counts, and whole traces."""
 
+import dataclasses
 import http.server
 import json
 import os
@@ -14,8 +15,9 @@ import torch
 from lomo_kernels import cli
 from lomo_kernels.integrations import shapes
 from lomo_kernels.integrations.library import ModelError
-from lomo_kernels.memory import CATEGORIES, OPTIMIZERS, report
-from lomo_kernels.memory.predict import Job, model_of, predict, record
+from lomo_kernels.memory import CATEGORIES, OPTIMIZERS, plan, report
+from lomo_kernels.memory.plan import byte_count
+from lomo_kernels.memory.predict import Job, largest, model_of, predict, record
 from lomo_kernels.memory.timeline import summarise, whole
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -212,29 +214,81 @@ def run(*arguments):
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "planned"),
     [
-        ["--optimizer", "adalomo", "--clip-grad-norm", 0.5, "--strategy", "one_backward"],
-        ["--rounding", "split", "--dtype", "bfloat16", "--clip-grad-norm", 0],
-        ["--batch", 2, "--sequence", 16, "--checkpointing"],
-        ["--attention", "eager", "--device", "cpu", "--checkpointing", "reentrant"],
-        ["--devices", 2, "--sharding", "fsdp2", "--strategy", "two_backward"],
-        ["--devices", 2, "--units", "fine", "--offload", "cpu", "--rounding", "split"],
-        ["--offload", "cpu"],
-        ["--devices", 4, "--sharding", "zero3", "--optimizer", "adamw-master"],
-        ["--device-memory", 2**30, "--search", "sequence"],
+        (
+            ["--optimizer", "adalomo", "--clip-grad-norm", 0.5, "--strategy", "one_backward"],
+            {"optimizer": "adalomo", "clip_grad_norm": 0.5, "strategy": "one_backward"},
+        ),
+        (
+            ["--rounding", "split", "--dtype", "bfloat16", "--clip-grad-norm", 0],
+            {"rounding": "split", "dtype": "bfloat16", "clip_grad_norm": None},
+        ),
+        (
+            ["--batch", 2, "--sequence", 16, "--checkpointing"],
+            {"batch": 2, "sequence": 16, "checkpointing": "non_reentrant"},
+        ),
+        (
+            ["--attention", "eager", "--device", "cpu", "--checkpointing", "reentrant"],
+            {"attention": "eager", "device": "cpu", "checkpointing": "reentrant"},
+        ),
+        (
+            ["--devices", 2, "--sharding", "fsdp2", "--strategy", "two_backward"],
+            {"shards": 2, "strategy": "two_backward"},
+        ),
+        (
+            ["--devices", 2, "--units", "fine", "--offload", "cpu", "--rounding", "split"],
+            {"shards": 2, "units": "fine", "offload": "cpu", "rounding": "split"},
+        ),
+        (["--offload", "cpu"], {"shards": 1, "units": "layer", "offload": "cpu"}),
+        (
+            ["--devices", 4, "--sharding", "zero3", "--optimizer", "adamw-master"],
+            {"shards": 4, "optimizer": "adamw-master"},
+        ),
+        (
+            ["--device-memory", 2**22, "--search", "sequence"],
+            {"device_memory_bytes": 2**22, "largest_batch": None},
+        ),
     ],
-    ids=lambda options: " ".join(map(str, options)),
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
-def test_every_option_runs(config, options, capsys):
+def test_every_option_is_in_the_plan(config, options, planned, capsys):
     assert run("--model", config, *options, "--json") == 0
     found = json.loads(capsys.readouterr().out)
+    assert {name: found[name] for name in planned} == planned
     assert found["parameters"] == sum(
         p.numel() for p in transformers.AutoModelForCausalLM.from_config(LLAMA).parameters()
     )
     assert found["peak_bytes"] > 0
-    assert found["device_memory_bytes"] == (2**30 if "--device-memory" in options else None)
     assert not found["text_alone"]
+    if "--search" in options:
+        assert found["largest_sequence"] > 512  # the default, which fits
+
+
+@pytest.mark.parametrize(("memory", "most"), [(9, 0), (10, 1), (49, 4), (50, 5), (59, 5)])
+def test_the_largest_is_what_just_fits(memory, most):
+    needs = lambda job: 10 * job.batch  # noqa: E731
+    assert largest("batch", as_job("lomo"), needs, memory) == most
+    assert largest("batch", as_job("lomo"), needs, 10**9, highest=64) == 64
+
+
+def test_a_byte_too_many_does_not_fit():
+    found = plan(LLAMA, sequence=16)
+    exact = dataclasses.replace(found, device_memory=found.peak)
+    short = dataclasses.replace(found, device_memory=found.peak - 1)
+    assert (found.fits, exact.fits, short.fits) == (None, True, False)
+    assert (exact.margin, short.margin) == (0, -1)
+    assert exact.verdict().startswith("fits, 0 B of ")
+    assert short.verdict().startswith("does not fit: 1 B of ")
+
+
+def test_units_of_bytes():
+    texts = {"24GiB": 24 * 2**30, "24g": 24 * 2**30, "24GB": 24 * 10**9, "1.5 MiB": 3 * 2**19,
+             "2kb": 2000, "1t": 2**40, 7: 7}  # fmt: skip
+    assert {text: byte_count(text) for text in texts} == texts
+    shown = {0: "0 B", 1023: "1023 B", 1024: "1.00 KiB", 3 * 2**19: "1.50 MiB",
+             2**30: "1.00 GiB", -(2**31): "-2.00 GiB"}  # fmt: skip
+    assert {count: report.size(count) for count in shown} == shown
 
 
 def test_it_says_whether_it_fits_and_draws(config, tmp_path, capsys):

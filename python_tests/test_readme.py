@@ -98,7 +98,7 @@ def parser(command):
     if command.startswith("bench"):
         pytest.importorskip("transformers", reason="transformers is not installed")
         return importlib.import_module(command).parser()
-    commands = cli._parser()._actions
+    commands = cli.parser()._actions
     return next(a for a in commands if isinstance(a, argparse._SubParsersAction)).choices[command]
 
 
@@ -256,7 +256,7 @@ def test_commands_are_understood(line):
     if words[:3] == ["python", "-m", "lomo_kernels"]:
         words = ["lomo-kernels", *words[3:]]
     assert words[0] == "lomo-kernels", line
-    cli._parser().parse_args(words[1:])
+    cli.parser().parse_args(words[1:])
 
 
 def test_the_main_job_in_plain_torch_runs(tmp_path, monkeypatch):
