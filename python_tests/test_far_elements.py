@@ -70,6 +70,7 @@ def ranges(request):
         memory.close()
 
 
+@pytest.mark.slow
 def test_cpu_loop(ranges):
     """The whole loop over 2^31 + 4096 elements: the far ones change, nothing else does."""
     count = 2**31 + 4096
@@ -91,6 +92,7 @@ def test_cpu_loop(ranges):
     assert found.item() == 1.0
 
 
+@pytest.mark.slow
 def test_cpu_loop_of_adalomo(ranges):
     """All three sweeps over a matrix of 2^31 + 4096 elements."""
     rows, cols = 2**19 + 1, 4096
