@@ -1,8 +1,8 @@
 """Index arithmetic past 2^31 and 2^32 elements, on memory that is mostly an address range.
 
 A tensor of 2^31 bf16 elements takes 4 GiB. Here pages that nobody writes cost nothing, and the
-pages of the parameter, which the CPU loop writes, are one piece of memory mapped over and over: what
-counts a process's resident pages finds 4 GB, and what is held is 0.2 GB.
+pages of the parameter, which the CPU loop writes, are one piece of memory mapped over and over.
+What counts the resident pages of a process finds 4 GB, and what is held is 0.2 GB.
 """
 
 import ctypes

@@ -91,11 +91,11 @@ def test_every_option_runs(tiny, questions, tmp_path, options):
     assert result(tmp_path)["steps"] == 3
     assert all(math.isfinite(loss) for loss in result(tmp_path)["losses"])
     recorded = json.loads((tmp_path / "settings.json").read_text())
-    for i, name in enumerate(options):
-        if str(name).startswith("--"):
-            value = options[i + 1] if str(options[i + 1 : i + 2])[2:4] != "--" else True
-            wanted = None if value in (0, "none") else value
-            assert recorded[name[2:].replace("-", "_")] == wanted, name
+    places = [i for i, each in enumerate(options) if str(each).startswith("--")]
+    for i, end in zip(places, [*places[1:], len(options)]):
+        value = options[i + 1] if end - i > 1 else True
+        wanted = None if value in (0, "none") else value
+        assert recorded[options[i][2:].replace("-", "_")] == wanted
 
 
 def test_the_scale_and_what_was_skipped_are_shown(tiny, questions, tmp_path, capsys):
