@@ -2,8 +2,8 @@ import os
 
 import pytest
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # processes on the same cores: threads wait for each other
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded
+# Tensors of tests are small, and threads on the same cores wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded
 
 import torch
 from poison import poison

@@ -4,14 +4,24 @@ import math
 
 import pytest
 import torch
-from backends import BF16, F16, F32, FORMATS, backends, format_id, same_bits, shifted
+from backends import (
+    BF16,
+    F16,
+    F32,
+    FORMATS,
+    backends,
+    format_id,
+    implementations,
+    same_bits,
+    shifted,
+)
 
 from lomo_kernels import ops
 
 pytestmark = pytest.mark.filterwarnings(  # numpy, under Triton's interpreter
     "ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning"
 )
-ALL_BACKENDS = pytest.mark.parametrize("backend", backends(), ids=lambda b: b.id)
+ALL_BACKENDS = pytest.mark.parametrize("backend", implementations("triton-interpreter"))
 EVERYTHING = {
     "lr": 0.013,
     "weight_decay": 0.1,

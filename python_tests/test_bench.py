@@ -571,6 +571,7 @@ def test_targets_of_a_step_and_of_products():
     assert [d for d, *_ in targets.check(lambda device: [], [])].count("gpu") == len(found)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_command(tmp_path, monkeypatch, capsys):
     """Small sizes, a second of each bench; then the rows are held to the targets."""
@@ -598,6 +599,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert "not measured" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_bench_alone_prints_every_row(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(timing, "ROUNDS", 3)
     arguments = ["--minutes", "5", "--largest", "4096", "--out", str(tmp_path)]

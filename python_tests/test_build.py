@@ -13,6 +13,8 @@ import pytest
 
 import lomo_kernels
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -101,6 +101,7 @@ def test_after_it():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_lost_gpu_ends_its_process_alone(tmp_path, workers):
     (tmp_path / "conftest.py").write_text((HERE / "conftest.py").read_text())

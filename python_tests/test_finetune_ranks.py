@@ -30,6 +30,7 @@ from lomo_kernels.integrations import weights  # noqa: E402
 from lomo_kernels.integrations.library import ModelError  # noqa: E402
 
 pytestmark = [
+    pytest.mark.slow,
     ranks.needed,
     # What transformers itself warns of is not ours to fail on.
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),

@@ -18,7 +18,10 @@ from lomo_kernels.finetune import data, scoring, superglue  # noqa: E402
 from lomo_kernels.finetune.examples import Example  # noqa: E402
 from lomo_kernels.finetune.ranks import Ranks  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),
+]
 
 SEA = "The sky saw the sea and it was red."
 BLUE = "The sky is blue."

@@ -14,7 +14,10 @@ accelerate = pytest.importorskip("accelerate", reason="accelerate is not install
 from llamas import data, tiny_llama  # noqa: E402
 
 # What transformers and accelerate themselves warn of is not ours to fail on.
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),
+]
 LR = 0.1
 
 

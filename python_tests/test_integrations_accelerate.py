@@ -10,7 +10,10 @@ from lomo_kernels.integrations import unwrap
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
 
 # What accelerate itself warns of is not ours to fail on.
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),
+]
 LR = 0.1
 
 

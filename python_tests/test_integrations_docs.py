@@ -20,7 +20,10 @@ from llamas import data, tiny_llama  # noqa: E402
 from lomo_kernels import integrations  # noqa: E402
 
 # What the libraries themselves warn of is not ours to fail on.
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),
+]
 PAGE = (Path(__file__).parent.parent / "docs" / "integrations.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.*?)$(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE))
 

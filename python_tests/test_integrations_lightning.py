@@ -10,7 +10,10 @@ from lomo_kernels.integrations import unwrap
 lightning = pytest.importorskip("pytorch_lightning", reason="pytorch-lightning is not installed")
 
 # What Lightning itself warns of is not ours to fail on.
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),
+]
 LR = 0.1
 
 

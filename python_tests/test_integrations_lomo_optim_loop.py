@@ -8,6 +8,8 @@ import torch
 
 import lomo_kernels
 
+pytestmark = pytest.mark.slow
+
 LR = [0.1, 0.2, 0.05, 0.1]
 
 

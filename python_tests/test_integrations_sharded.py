@@ -25,9 +25,12 @@ from transformers.distributed import (  # noqa: E402
 from lomo_kernels import Lomo  # noqa: E402
 from lomo_kernels.integrations import LomoCallback, unwrap  # noqa: E402
 
-pytestmark = pytest.mark.skipif(
-    torch.accelerator.is_available(), reason="transformers would place the parts on the GPU"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        torch.accelerator.is_available(), reason="transformers would place the parts on the GPU"
+    ),
+]
 LR, CLIP = 0.1, 0.5
 CLOSE = 1e-6  # as on one device, beside torch's SGD
 

@@ -19,7 +19,10 @@ from llamas import data, tiny_llama  # noqa: E402
 from lomo_kernels.integrations import LomoCallback  # noqa: E402
 
 # What transformers and accelerate themselves warn of is not ours to fail on.
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),
+]
 LR = 0.1
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-4}
 

@@ -16,7 +16,10 @@ from finetuning import make_tiny  # noqa: E402
 from lomo_kernels.integrations import LomoCallback  # noqa: E402
 
 # What trl, transformers and accelerate themselves warn of is not ours to fail on.
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),
+]
 LR = 0.1
 TEXTS = [f"sky of {'a ' * (i % 5)}: {('red', 'green', 'blue')[i % 3]}" for i in range(32)]
 

@@ -16,6 +16,8 @@ import sass
 
 from lomo_kernels.ops import native
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 # A fused multiply-add (but not FMUL, FADD), flushing of subnormals, access to local memory.
 SCALARS = ("decide", "product_sums")  # kernels that read and write nothing else

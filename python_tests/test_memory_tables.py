@@ -24,6 +24,7 @@ def test_parameters_gradients_and_states_are_the_papers():
     assert compared == set(memory.PAPER)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lomo", memory.REFERENCE])
 def test_rows_are_what_the_plan_says(name):
     if name == memory.REFERENCE:
@@ -34,6 +35,7 @@ def test_rows_are_what_the_plan_says(name):
     assert {c: int(row[f"{c}_bytes"]) for c in CATEGORIES} == found.maxima
 
 
+@pytest.mark.slow
 def test_cards_are_what_the_plan_says():
     card = "llama-7b", memory.Card(1, 24)
     (row,) = (r for r in CARDS if memory.card_of(r) == card)
@@ -46,6 +48,7 @@ def test_every_model_has_every_card():
     assert listed == [(model, card) for model in memory.MODELS for card in memory.CARDS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("card", [memory.Card(8, 24), memory.Card(1, 24, "cpu")], ids=str)
 def test_65b_fits_small_cards(card):
     """With what the context and the allocator want; the paper has 8 of them."""

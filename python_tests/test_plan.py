@@ -116,6 +116,7 @@ def measured(config, job):
         return whole(summarise(record(model_of(config, job), job)).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [None, "non_reentrant", "reentrant"])
 @pytest.mark.parametrize("name", JOBS)
 def test_llama_needs_what_is_planned(name, checkpointing):
@@ -125,6 +126,7 @@ def test_llama_needs_what_is_planned(name, checkpointing):
     agree(predict(LLAMA, job), measured(LLAMA, job))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*check_inputs.*:UserWarning")
 @pytest.mark.parametrize("checkpointing", [None, "non_reentrant"])
 @pytest.mark.parametrize("name", ["lomo auto", "adalomo", "sgd", "adamw"])
@@ -166,6 +168,7 @@ def test_a_model_that_looks_at_values_is_refused_in_one_sentence(monkeypatch):
 WHOLE = dict(zip(OPTIMIZERS, [None, "non_reentrant", "reentrant"] * 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [None, "non_reentrant", "reentrant"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_smollm2_needs_what_is_planned(name, checkpointing):

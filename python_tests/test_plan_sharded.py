@@ -16,6 +16,8 @@ from lomo_kernels.memory.predict import Job, model_of, predict, record, sharded_
 from lomo_kernels.memory.sharded import fake_devices
 from lomo_kernels.memory.timeline import summarise, whole
 
+pytestmark = pytest.mark.slow
+
 WORLD = 2
 CLIPPED = {"clip_grad_norm": 1.0}
 OPTIONS = {

@@ -55,10 +55,11 @@ def test_processes_stay_alive_and_are_as_many_as_asked_for():
 )
 def test_a_failure_is_told_and_the_next_test_has_other_processes(monkeypatch, function, told):
     before = ranks.run(2, whoami)
-    monkeypatch.setattr(ranks, "LIMIT", 2 if function is all_wait else 60)
-    monkeypatch.setattr(ranks, "GRACE", 0.5)
-    with pytest.raises(pytest.fail.Exception, match=told):
-        ranks.run(2, function)
+    with monkeypatch.context() as patched:
+        patched.setattr(ranks, "LIMIT", 2 if function is all_wait else 60)
+        patched.setattr(ranks, "GRACE", 0.5)
+        with pytest.raises(pytest.fail.Exception, match=told):
+            ranks.run(2, function)
     after = ranks.run(2, whoami)
     assert not {pid for pid, *_ in before} & {pid for pid, *_ in after}
 

@@ -7,6 +7,8 @@ import sys
 import cuda_on_cpu
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 def run(*arguments):
     library = cuda_on_cpu.build(*cuda_on_cpu.SANITIZE)

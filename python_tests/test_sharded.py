@@ -32,6 +32,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lomo_kernels import AdaLomo, Lomo, LossScale
 
+pytestmark = pytest.mark.slow
+
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 NEVER = 1e9  # a largest norm that clips nothing: the coefficient is 1
 

@@ -19,6 +19,8 @@ from test_sharded import (
 
 from lomo_kernels import AdaLomo, LossScale
 
+pytestmark = pytest.mark.slow
+
 ADA_LR = 1e-2
 ADAPTIVE = {
     "plain": {},

@@ -18,6 +18,8 @@ from torch.distributed.tensor import DTensor
 
 from lomo_kernels import AdaLomo, Lomo, LossScale
 
+pytestmark = pytest.mark.slow
+
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 CLIP = {"clip_grad_norm": 0.5}
 SCALE = LossScale(1024.0, growth_interval=4)

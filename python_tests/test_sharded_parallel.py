@@ -21,6 +21,8 @@ from torch.distributed.tensor.parallel import (
 
 from lomo_kernels import Lomo
 
+pytestmark = pytest.mark.slow
+
 SOME = (*FEW, "tensor norm")
 
 

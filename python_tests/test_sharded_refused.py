@@ -19,6 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lomo_kernels import AdaLomo, Lomo
 
+pytestmark = pytest.mark.slow
+
 KINDS = pytest.mark.parametrize("kind", [Lomo, AdaLomo])
 OPTIONS = pytest.mark.parametrize(
     "options",

@@ -11,6 +11,8 @@ from lomo_kernels.memory import predict
 from lomo_kernels.memory.timeline import summarise, whole
 from lomo_kernels.ops import product_sumsq
 
+pytestmark = pytest.mark.slow
+
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 SHAPE = llama.Shape(hidden=64, inner=160, layers=3, heads=4, kv_heads=2, vocabulary=256)

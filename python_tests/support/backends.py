@@ -6,6 +6,7 @@ import types
 from dataclasses import dataclass
 
 import cuda_on_cpu
+import pytest
 import torch
 
 from lomo_kernels.ops import native
@@ -88,6 +89,14 @@ def backends():
     else:
         found.append(Backend("triton-interpreter", "triton"))
     return found
+
+
+def implementations(*slow):
+    """`backends` for parametrize; those of these names take long in the tests of a file."""
+    return [
+        pytest.param(found, id=found.id, marks=[pytest.mark.slow] * (found.id in slow))
+        for found in backends()
+    ]
 
 
 def bits(tensor):
