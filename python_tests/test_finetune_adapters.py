@@ -11,11 +11,12 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 peft = pytest.importorskip("peft", reason="peft is not installed")
 pytest.importorskip("rich", reason="rich is not installed")
 
-from test_finetune import loaded, make_tiny, result, run, start_and  # noqa: E402
+from finetuning import alone, loaded, make_tiny, result, run  # noqa: E402
+from test_finetune import start_and  # noqa: E402
 from test_finetune_job import tuned  # noqa: E402
 
-from lomo_kernels import finetune  # noqa: E402
-from lomo_kernels.finetune import adapters, checkpoint  # noqa: E402
+from lomo_kernels import finetune, memory  # noqa: E402
+from lomo_kernels.finetune import adapters, checkpoint, scoring  # noqa: E402
 from lomo_kernels.finetune.examples import batch_of  # noqa: E402
 from lomo_kernels.integrations import weights  # noqa: E402
 
@@ -38,6 +39,21 @@ def batches_of(tiny, questions, steps=3, size=4):
     for i in range(0, steps * size, size):
         some = [examples.train[j] for j in order[i : i + size]]
         yield batch_of(some, tokenizer.pad_token_id, "cpu")
+
+
+def adamw(params, lr):
+    return torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
+
+
+def train(model, batches, *optimizers, clipped):
+    """A plain loop of torch, in which the norm of some parameters' gradients is at most 1."""
+    for batch in batches:
+        model(**batch).loss.backward()
+        if clipped:
+            torch.nn.utils.clip_grad_norm_(clipped, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 def largest_difference(got, want):
@@ -69,14 +85,8 @@ def test_lora_is_peft_s_by_adamw(tiny, questions, tmp_path, trained_model):
         r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM"
     )
     model = peft.get_peft_model(weights.load_model(tiny), config)
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=0.03, weight_decay=0.0
-    )
-    for batch in batches_of(tiny, questions):
-        model(**batch).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+    params = [p for p in model.parameters() if p.requires_grad]
+    train(model, batches_of(tiny, questions), adamw(params, 0.03), clipped=params)
     want = peft.get_peft_model_state_dict(model)
     assert largest_difference(adapter_of(tmp_path / "model"), want) < 1e-6
     assert all(tensor.abs().max() > 0 for tensor in want.values())
@@ -86,8 +96,9 @@ def test_lora_is_peft_s_by_adamw(tiny, questions, tmp_path, trained_model):
         assert torch.equal(base[name], tensor)
 
 
-def test_an_adapter_s_folder_is_loaded_by_peft(tiny, questions, tmp_path, trained_model):
-    assert run("--model", tiny, "--train", questions, "--adapter", "lora", "--steps", 3,
+@pytest.mark.parametrize("adapter", ["lora", "prefix"])
+def test_an_adapter_s_folder_is_loaded_by_peft(tiny, questions, tmp_path, trained_model, adapter):
+    assert run("--model", tiny, "--train", questions, "--adapter", adapter, "--steps", 3,
                "--lr", 0.1, "--out", tmp_path) == 0  # fmt: skip
     again = peft.PeftModel.from_pretrained(weights.load_model(tiny), tmp_path / "model")
     (batch,) = batches_of(tiny, questions, steps=1)
@@ -99,15 +110,23 @@ def test_an_adapter_s_folder_is_loaded_by_peft(tiny, questions, tmp_path, traine
     assert torch.equal(got, want)
     assert not torch.allclose(got, base, atol=1e-3)
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "model").eos_token == "<end>"
-    assert result(tmp_path)["optimizer"] == "lora, lr 0.1"
+    assert result(tmp_path)["optimizer"] == f"{adapter}, lr 0.1"
 
 
-@pytest.mark.parametrize("options", [["--adapter", "lora", "--lora-dropout", "0.5"]], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["lora", "--lora-dropout", "0.5"],
+        ["prefix", "--prefix-tokens", "3"],
+        ["lora+lomo", "--lora-dropout", "0.5"],
+    ],
+    ids=str,
+)
 def test_an_interrupted_adapter_goes_on_to_the_same_weights(tiny, questions, tmp_path, options):
     """Its beginning is drawn again, and the dropout of each step is that step's."""
     arguments = [
         "--model", tiny, "--train", questions, "--steps", "120", "--save-every", "2",
-        "--eval-size", "4", *options,
+        "--eval-size", "4", "--adapter", *options,
     ]  # fmt: skip
     assert run(*arguments, "--out", tmp_path / "whole") == 0
     start_and(signal.SIGKILL, arguments, tmp_path / "cut", after_step=6)
@@ -115,11 +134,15 @@ def test_an_interrupted_adapter_goes_on_to_the_same_weights(tiny, questions, tmp
     assert 6 <= step < 120
     names = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     kept = [name for name in names if name.startswith("model.")]
-    assert kept
-    assert all("lora_" in name for name in kept)
+    adapter = ["lora_" in name or "prompt_encoder" in name for name in kept]
+    assert any(adapter)
+    assert all(adapter) == (options[0] != "lora+lomo")
     assert run(*arguments, "--out", tmp_path / "cut") == 0
-    whole, cut = (adapter_of(tmp_path / name / "model") for name in ("whole", "cut"))
-    assert largest_difference(cut, whole) == 0
+    paths = list((tmp_path / "cut").rglob("*.safetensors"))
+    assert len(paths) == (2 if options[0] == "lora+lomo" else 1)
+    for path in paths:
+        whole = tmp_path / "whole" / path.relative_to(tmp_path / "cut")
+        assert path.read_bytes() == whole.read_bytes()
     assert result(tmp_path / "cut")["losses"] == result(tmp_path / "whole")["losses"]
 
 
@@ -138,18 +161,228 @@ def test_adapters_of_a_16_bit_model_are_in_float32(tiny, questions, tmp_path):
     assert {t.dtype for t in adapter_of(tmp_path / "model").values()} == {torch.float32}
 
 
+# -- prefixes --------------------------------------------------------------------------------------
+
+
+def prefixed(tiny, questions, tokens=7):
+    """-> (the beginning of a run with a prefix, the tokens of the prefix, the Data)."""
+    settings = {"train": questions, "adapter": "prefix", "prefix_tokens": tokens}
+    model, _, examples = loaded(tiny, **settings)
+    model = adapters.added(finetune.Settings(model=tiny, **settings), model, examples)
+    some = [e.prompt + e.completion for e in examples.train[:tokens]]
+    return model.train(), sum(some, ())[:tokens], examples
+
+
+def test_a_prefix_begins_as_the_tokens_before_each_example(tiny, questions):
+    model, ids, _ = prefixed(tiny, questions)
+    base = weights.load_model(tiny)
+    (batch,) = batches_of(tiny, questions, steps=1)
+    got = model(**batch).loss
+    before = torch.tensor([ids] * 4)
+    whole = {
+        "input_ids": torch.cat([before, batch["input_ids"]], 1),
+        "attention_mask": torch.cat([torch.ones_like(before), batch["attention_mask"]], 1),
+        "labels": torch.cat([torch.full_like(before, -100), batch["labels"]], 1),
+    }
+    want = base(**whole).loss
+    assert got.item() == pytest.approx(want.item(), abs=1e-6)
+    assert abs(base(**batch).loss.item() - want.item()) > 1e-3
+
+
+def test_a_prefix_is_peft_s_by_adamw(tiny, questions, tmp_path, trained_model):
+    more = {"prefix_tokens": 7, "adapter": "prefix", "lr": 0.03}
+    tuned(tmp_path, model=tiny, train=questions, **more, **SMALL)
+    model, _, _ = prefixed(tiny, questions)
+    params = [p for p in model.parameters() if p.requires_grad]
+    begun = peft.get_peft_model_state_dict(model)
+    begun = {name: tensor.clone() for name, tensor in begun.items()}
+    train(model, batches_of(tiny, questions), adamw(params, 0.03), clipped=params)
+    want = peft.get_peft_model_state_dict(model)
+    assert largest_difference(adapter_of(tmp_path / "model"), want) < 1e-6
+    assert largest_difference(begun, want) > 0.01
+    base = trained_model[0].get_base_model().state_dict()
+    untouched = weights.load_model(tiny).named_parameters()
+    assert all(torch.equal(base[name], tensor) for name, tensor in untouched)
+
+
+@pytest.mark.parametrize("begins", [True, False], ids=["real tokens", "any prefix"])
+def test_answers_of_several_tokens_are_scored_after_a_prefix(tiny, questions, begins):
+    """Left padding, and answers that go on with the keys and values of their prompt."""
+    model, ids, data = prefixed(tiny, questions)
+    if not begins:
+        torch.nn.init.normal_(model.prompt_encoder["default"].embedding.weight)
+    some = data.held_out
+    assert len({len(c) for e in some for c in e.choices}) > 1
+    with torch.no_grad():
+        got = scoring.log_likelihoods(model.eval(), some, 0, "cpu")
+    for row, example in zip(got, some):
+        for value, choice in zip(row, example.choices):
+            if begins:
+                want = alone(model.get_base_model(), ids + example.prompt, choice)
+            else:
+                want = alone(model, example.prompt, choice)
+            assert value.item() == pytest.approx(len(choice) * want, abs=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"autocast": True}], ids=str)
+def test_a_prefix_in_16_bits(tiny, questions, tmp_path, options):
+    same = {"model": tiny, "train": questions, "adapter": "prefix", **SMALL}
+    whole = tuned(tmp_path / "whole", **same)
+    half = tuned(tmp_path / "half", **same, **options)
+    assert half.loss == pytest.approx(whole.loss, rel=1e-2)
+    assert {t.dtype for t in adapter_of(tmp_path / "half" / "model").values()} == {torch.float32}
+
+
+# -- both ------------------------------------------------------------------------------------------
+
+
+def tuned_together(model):
+    """-> (its own parameters, those of its adapters), all of them trained."""
+    model.requires_grad_()
+    own, beside = {}, {}
+    for name, param in model.named_parameters():
+        (beside if "lora_" in name else own)[name] = param
+    return list(own.values()), list(beside.values())
+
+
+WAYS = [
+    {},
+    {"strategy": "one_backward"},
+    {"strategy": "two_backward"},
+    {"strategy": "partial"},
+    {"strategy": "two_backward", "checkpointing": True},
+    {"strategy": "partial", "checkpointing": True},
+    {"strategy": "immediate", "clip_grad_norm": 0},
+    {"batch_size": 2, "gradient_accumulation": 2},
+]
+
+
+@pytest.mark.parametrize("how", WAYS, ids=str)
+def test_both_are_sgd_and_adamw(tiny, questions, tmp_path, trained_model, how):
+    """The norm is that of the weights' gradients, and clips no others."""
+    more = {"adapter": "lora+lomo", "lr": 0.3, "adapter_lr": 0.02, **SMALL, **how}
+    tuned(tmp_path, model=tiny, train=questions, **more)
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(weights.load_model(tiny), config)
+    own, beside = tuned_together(model)
+    before = [p.detach().clone() for p in (*own, *beside)]
+    clipped = [] if how.get("clip_grad_norm") == 0 else own
+    sgd = torch.optim.SGD(own, lr=0.3)
+    train(model, batches_of(tiny, questions), sgd, adamw(beside, 0.02), clipped=clipped)
+    (got,) = trained_model
+    assert largest_difference(dict(got.named_parameters()), dict(model.named_parameters())) < 1e-6
+    moved = [(a - b).abs().max().item() for a, b in zip(before, (*own, *beside))]
+    assert min(moved) > 1e-5
+
+
+def test_lora_beside_adalomo_learns(tiny, questions, tmp_path):
+    report = tuned(tmp_path, model=tiny, train=questions, steps=20, batch_size=8,
+                   adapter="lora+lomo", optimizer="adalomo", lr=0.1)  # fmt: skip
+    losses = result(tmp_path)["losses"]
+    assert losses[-1] < 0.9 * losses[0]
+    assert report.optimizer == "lora+adalomo, lr 0.1, 0.002"
+
+
+def test_both_are_saved_one_in_the_other(tiny, questions, tmp_path, trained_model, capsys):
+    arguments = ["--train", questions, "--adapter", "lora+lomo", "--adapter-lr", 0.1, "--steps", 3]
+    assert run("--model", tiny, *arguments, "--out", tmp_path) == 0
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    (batch,) = batches_of(tiny, questions, steps=1)
+    with torch.no_grad():
+        alone = base.eval()(input_ids=batch["input_ids"]).logits
+        again = peft.PeftModel.from_pretrained(base, tmp_path / "model" / "adapter").eval()
+        got = again(input_ids=batch["input_ids"]).logits
+        want = trained_model[0].eval()(input_ids=batch["input_ids"]).logits
+    assert torch.equal(got, want)
+    assert not torch.allclose(alone, want, atol=1e-3)
+    capsys.readouterr()
+    assert run("--model", tmp_path / "model", *arguments) == 2
+    assert "without the adapter in its folder 'adapter'" in capsys.readouterr().err
+
+
+def test_a_step_without_finite_gradients_leaves_both_alone(tiny, questions, tmp_path):
+    report = tuned(tmp_path, model=tiny, train=questions, adapter="lora+lomo", lr=1e38, **SMALL)
+    assert report.skipped == 2  # the first one makes the weights infinite
+    tensors = adapter_of(tmp_path / "model" / "adapter").values()
+    assert all(tensor.isfinite().all() for tensor in tensors)
+
+
+# -- beside full tuning ----------------------------------------------------------------------------
+
+
+def test_adapters_are_compared_with_full_tuning(tiny, questions, tmp_path, capsys):
+    assert run("--model", tiny, "--train", questions, "--steps", 3, "--prefix-tokens", 5,
+               "--strategy", "two_backward", "--lora-rank", 4, "--out", tmp_path, "--compare",
+               "lora,lora=4e-3,prefix,lora+lomo=0.05,adamw") == 0  # fmt: skip
+    printed = capsys.readouterr().out
+    for name in (
+        "lomo (two_backward), lr 0.1", "lora, lr 0.002", "lora, lr 0.004", "prefix, lr 0.01",
+        "lora+lomo (two_backward), lr 0.05, 0.002", "adamw, lr 0.0001",
+    ):  # fmt: skip
+        assert f"│ {name} " in printed
+    record = result(tmp_path)
+    low, high = record["after"]["interval"]
+    assert 0 <= low < record["after"]["value"] < high <= 1
+
+
+@pytest.mark.parametrize("adapter", ["lora", "prefix", "lora+lomo"])
+def test_what_an_adapter_holds_is_measured(tiny, questions, tmp_path, adapter):
+    """Activations are those of the second step of a plain loop."""
+    options = {"adapter": adapter, "lora_rank": 4, "prefix_tokens": 5}
+    if adapter == "lora+lomo":
+        options["strategy"] = "two_backward"
+    report = tuned(tmp_path, model=tiny, train=questions, **options, **SMALL)
+    base = sum(p.numel() for p in weights.load_model(tiny).parameters())
+    added = 2 * 4 * (32 + 32 + 32 + 16) if "lora" in adapter else 2 * 2 * 5 * 16
+    both = adapter == "lora+lomo"
+    assert report.trainable == added + both * base
+    assert report.parameter_bytes == 4 * (added + base)
+    assert report.state_bytes == 8 * added + 4 * (8 if "lora" in adapter else 1)  # and counters
+    head = 4 * 283 * 32  # the largest gradient of two backwards
+    assert report.gradient_bytes == 4 * added + both * head
+    if not both:
+        settings = finetune.Settings(model=tiny, train=questions, **options)
+        model, _, examples = loaded(tiny, train=questions)
+        model = adapters.added(settings, model, examples).train()
+        optimizer = adamw([p for p in model.parameters() if p.requires_grad], 0.01)
+        first, second = batches_of(tiny, questions, steps=2)
+        train(model, [first], optimizer, clipped=())
+        with memory.measure(model, optimizer) as measured:
+            train(model, [second], optimizer, clipped=())
+        assert report.activation_bytes == measured.maxima["activations"]
+
+
+def test_a_dry_run_plans_the_adapter(tiny, questions, capsys):
+    arguments = ["--model", tiny, "--train", questions, "--dry-run"]
+    assert run(*arguments, "--adapter", "lora", "--lora-rank", 4) == 0
+    size = memory.report.size(4 * 2 * 4 * (32 + 32 + 32 + 16))
+    assert f"gradients {size}, " in capsys.readouterr().out
+
+
 # -- refused, in one sentence ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--adapter", "dora"], "adapter must be one of lora"),
+        (["--adapter", "dora"], "adapter must be one of lora, prefix, lora+lomo"),
         (["--adapter", "lora", "--optimizer", "lomo"], "optimizer must be adamw with adapter lora"),
         (["--adapter", "lora", "--lora-rank", "0"], "lora_rank must be a whole number above 0"),
         (["--adapter", "lora", "--lora-alpha", "0"], "lora_alpha must be a number greater than 0"),
         (["--adapter", "lora", "--lora-dropout", "1"], "lora_dropout must be at least 0 and below"),
         (["--adapter", "lora", "--lora-targets", "q_proj,up"], "of the model, got 'up'"),
+        (["--adapter", "prefix", "--prefix-tokens", "0"], "prefix_tokens must be a whole number"),
+        (["--adapter", "prefix", "--prefix-tokens", "9999"], "prefix_tokens must be at most the "),
+        (["--adapter", "prefix", "--checkpointing"], "checkpointing must be left out with adapter"),
+        (["--adapter", "lora+lomo", "--optimizer", "sgd"], "must be lomo or adalomo with adapter"),
+        (["--adapter", "lora+lomo", "--dtype", "float16"], "dtype must be float32 or bfloat16"),
+        (["--adapter", "lora+lomo", "--loss-scale", "2"], "loss_scale must be none with adapter"),
+        (["--adapter", "lora+lomo", "--adapter-lr", "-1"], "adapter_lr must be a number of at"),
+        (["--lora-rank", "4"], "lora_rank must be left out without adapter lora or lora+lomo"),
+        (["--compare", "lora", "--prefix-tokens", "4"], "prefix_tokens must be left out without"),
+        (["--adapter", "lora", "--adapter-lr", "1"], "adapter_lr must be left out without adapter"),
+        (["--compare", "prefix", "--checkpointing"], "checkpointing must be left out with adapter"),
         (["--adapter", "lora", "--offload"], "offload must be left out with an adapter"),
         (["--adapter", "lora", "--sharding", "fsdp2"], "sharding must be left out with an adapter"),
     ],

@@ -393,6 +393,17 @@ def no_model(monkeypatch):
         (["--keep", "-1"], "keep must be a whole number of at least 0"),
         (["--truncate", "left"], "truncate must be one of prompt-left, skip, error, got 'left'"),
         (["--score", "max"], "score must be one of mean, sum, got 'max'"),
+        (
+            ["--optimizer", "adamw", "--strategy", "partial"],
+            "strategy must be auto with",
+        ),
+        (["--optimizer", "sgd", "--norm", "tensor"], "norm must be global with optimizer sgd, got"),
+        (
+            ["--optimizer", "sgd", "--rounding", "split"],
+            "rounding must be auto or nearest with",
+        ),
+        (["--optimizer", "sgd", "--loss-scale", "2"], "loss_scale must be auto or None with optim"),
+        (["--optimizer", "sgd", "--backend", "native"], "backend must be auto with optimizer sgd"),
         (["--autocast", "--dtype", "bfloat16"], "autocast must be with dtype float32, got True"),
     ],
     ids=lambda value: None,

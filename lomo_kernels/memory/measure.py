@@ -1,5 +1,6 @@
 """A real training step: what it held, by category, and when."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,7 @@ from .recorder import CATEGORIES, Recorder
 from .timeline import Summary, moments, summarise, whole
 
 
-def measure(
-    module: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None
-) -> "Measurement":
+def measure(module: torch.nn.Module, *optimizers: torch.optim.Optimizer) -> "Measurement":
     """Records the memory of a training step, in bytes, by following tensor storages.
 
     ::
@@ -31,7 +30,7 @@ def measure(
 
     Args:
         module: any torch module.
-        optimizer: any torch optimizer of its parameters; without one there are no states.
+        optimizers: torch optimizers of its parameters; without one there are no states.
 
     Returns:
         A context manager that gives a `Measurement`, to be read after the block.
@@ -39,7 +38,7 @@ def measure(
     Raises:
         RuntimeError: a figure is asked for inside the block.
     """
-    return Measurement(module, optimizer)
+    return Measurement(module, optimizers)
 
 
 class Measurement:
@@ -49,8 +48,10 @@ class Measurement:
     category at that moment. maxima: the most bytes of each category at any moment.
     """
 
-    def __init__(self, module: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-        self._recorder = Recorder(module, optimizer)
+    def __init__(
+        self, module: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+    ) -> None:
+        self._recorder = Recorder(module, optimizers)
         self._found: Summary | None = None
 
     def __enter__(self):
