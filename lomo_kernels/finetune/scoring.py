@@ -12,12 +12,14 @@ RULES = ("mean", "sum")
 
 @dataclass(frozen=True)
 class Score:
-    """`more` are other measures of the same answers."""
+    """`more` are other measures of the same answers. `items` has a "1" for each question that is
+    answered right and a "0" for each other, in the order of the data."""
 
     name: str  # "perplexity" (lower is better) or "accuracy" (higher is better)
     value: float
     count: int  # tokens or questions
     more: dict = field(default_factory=dict)
+    items: str = ""
 
     def __str__(self):
         measures = {self.name: self.value, **self.more}
@@ -50,9 +52,9 @@ def score(model, examples, *, measures, rule, batch_size, pad, team, progress):
         chosen = _chosen(model, examples, rule, batch_size, pad, team, progress)
     finally:
         model.train(training)
-    right = sum(c == e.right for c, e in zip(chosen, examples))
+    items = "".join(str(int(c == e.right)) for c, e in zip(chosen, examples))
     more = {name: MEASURES[name](examples, chosen) for name in measures[1:]}
-    return Score("accuracy", right / len(examples), len(examples), more)
+    return Score("accuracy", items.count("1") / len(items), len(items), more, items)
 
 
 def _perplexity(model, examples, batch_size, pad, team, progress):

@@ -1,0 +1,38 @@
+"""Which items each run got right: how rows keep them, and what can be said of a mean.
+
+An interval is that of a bootstrap over items and seeds at once (Owen, "The pigeonhole bootstrap",
+2007): both are drawn again with replacement, each by itself. Two methods that answered the same
+items with the same seeds are compared through their differences, so that what makes an item hard
+for both does not widen the interval.
+"""
+
+import torch
+
+RESAMPLES = 10_000
+
+
+def packed(items):
+    """A text of "0" and "1" as hexadecimal digits, each for four of them."""
+    return "".join(f"{int(items[i : i + 4].ljust(4, '0'), 2):x}" for i in range(0, len(items), 4))
+
+
+def unpacked(digits, count):
+    """The first `count` values that `packed` kept, as a float64 tensor."""
+    bits = "".join(f"{int(digit, 16):04b}" for digit in digits)[:count]
+    return torch.tensor([int(bit) for bit in bits], dtype=torch.float64)
+
+
+def interval(values, level=0.95):
+    """-> (low, high): between these quantiles lie the means of `level` of all resamples.
+
+    Args:
+        values: [seeds, items], of a method, or the difference of two.
+    """
+    generator = torch.Generator().manual_seed(0)
+    seeds, items = values.shape
+    drawn = torch.randint(seeds, (RESAMPLES, seeds), generator=generator)
+    weights = torch.nn.functional.one_hot(drawn, seeds).double().mean(1)
+    picks = torch.randint(items, (RESAMPLES, items), generator=generator)
+    means = (weights @ values.double()).gather(1, picks).mean(1)
+    edges = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    return tuple(torch.quantile(means, edges).tolist())
