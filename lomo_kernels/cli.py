@@ -215,7 +215,8 @@ def _tune(options):
     finetune.compare(settings, report, others, display)
     doubt = report.doubt()
     if output.out is not None:
-        what = "fine-tuned model" if doubt is None else "model"
+        kind = "model" if settings.adapter is None else "adapter"
+        what = f"fine-tuned {kind}" if doubt is None else kind
         display.say(f"the {what} is in {output.out}/model")
     if doubt is not None:
         display.say(f"no success: {doubt}")

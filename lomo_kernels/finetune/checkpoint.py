@@ -12,8 +12,6 @@ from pathlib import Path
 import filelock
 import torch
 
-from ..integrations import huggingface
-
 _PREFIX, _PARTIAL = "checkpoint-", ".partial"
 
 
@@ -90,7 +88,6 @@ def save(folder, step, ranks, model, optimizer, scheduler, progress, keep):
     """Writes checkpoint-STEP under another name, renames it, then drops all but `keep`."""
     state = {
         "scheduler": scheduler.state_dict(),
-        "random": ranks.all(torch.get_rng_state()),
         "progress": progress,
     }
     _save_tensors(folder, f"{_PREFIX}{step}", ranks, _tensors(model, optimizer), state)
@@ -158,8 +155,10 @@ def _tensors(model, optimizer):
 
 
 def _weights(model):
+    """All that a run may change; beside an adapter the model stays as it is."""
     saved = model.state_dict().keys()
-    weights = {name: p.detach() for name, p in model.named_parameters()}  # tied ones once
+    named = model.named_parameters()  # tied ones once
+    weights = {name: p.detach() for name, p in named if p.requires_grad}
     return weights | {name: b for name, b in model.named_buffers() if name in saved}
 
 
@@ -170,18 +169,14 @@ def _replace(target, partial):
     partial.rename(target)
 
 
-def save_model(folder, name, model, tokenizer, weights=None):
-    """Writes folder/name, which transformers loads.
-
-    Args:
-        weights: of a sharded model.
-    """
+def save_model(folder, name, write):
+    """Writes folder/name by `write(folder)`."""
     target, partial = folder / name, folder / f"{name}{_PARTIAL}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with writing(folder):
             partial.mkdir(parents=True)
-            huggingface.save(partial, model, tokenizer, weights)
+            write(partial)
             _replace(target, partial)
     except OutputError:
         shutil.rmtree(partial, ignore_errors=True)
@@ -202,10 +197,7 @@ def latest(folder):
 
 
 def restore(path, ranks, model, optimizer, scheduler):
-    """Loads everything into what was made as if at the beginning. -> progress.
-
-    Where another number of ranks goes on, what they draw at random begins anew.
-    """
+    """Loads everything into what was made as if at the beginning. -> progress."""
     from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
     tensors = _tensors(model, optimizer)
@@ -213,8 +205,6 @@ def restore(path, ranks, model, optimizer, scheduler):
     set_optimizer_state_dict(model, optimizer, tensors["optimizer"])
     state = torch.load(path / "state.pt", map_location="cpu")
     scheduler.load_state_dict(state["scheduler"])
-    if len(state["random"]) == ranks.size:
-        torch.set_rng_state(state["random"][ranks.rank])
     return state["progress"]
 
 

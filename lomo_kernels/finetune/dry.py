@@ -15,6 +15,8 @@ def dry_run(settings, display):
         The memory.Plan of one backward of the longest examples.
     """
     stepping.check(settings)
+    if settings.adapter is not None:
+        raise ValueError("a dry run knows no adapter: leave out --dry-run or --adapter")
     parts = data.read(settings)
     examples = data.tokenised(parts, settings, huggingface.load_tokenizer(settings.model))
     for line in examples.lines:

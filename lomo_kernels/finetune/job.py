@@ -14,13 +14,13 @@ import torch
 from ..integrations import huggingface
 from ..integrations.sharding import shard
 from ..memory import HeldBytes, state_bytes
-from . import checkpoint, data, ranks, report, signals, stepping
+from . import adapters, checkpoint, data, ranks, report, signals, stepping
 from .display import Display
 from .examples import batch_of, batches
 from .log import Log
 from .report import Report
 from .scoring import Score, score
-from .settings import DEFAULT_STEPS, OURS, Output
+from .settings import ADAPTERS, DEFAULT_STEPS, OURS, Output
 from .signals import StoppedError
 
 BEST = "best"  # in the run's folder: the weights with the best score of the validation part
@@ -48,6 +48,7 @@ def run(settings, output=None, display=None, before=None):
     display, output = display or Display(), output or Output()
     with ranks.joined(settings) as team, contextlib.ExitStack() as open_here:
         stepping.check(settings)
+        adapters.check(settings)
         parts = data.read(settings)
 
         def claim():  # on the first rank
@@ -94,17 +95,18 @@ def _job(settings, output, folder, parts, display, team, before=None):
     for line in examples.lines:
         display.say(line)
     display.say(f"loading {settings.model}")
-    model = _load(settings, team)
+    model = _load(settings, team, examples)
     return Job(settings, output, folder, team, model, tokenizer, examples, display, before)
 
 
-def _load(settings, team):
+def _load(settings, team, examples):
     load = settings.model, getattr(torch, settings.dtype), settings.checkpointing
     if settings.tensor_parallel > 1:
         parallel = settings.tensor_parallel
         return huggingface.load_parallel(*load, ranks=team.size, tensor_parallel=parallel).train()
     if team.size == 1 and not settings.is_sharded:
-        return huggingface.load_model(*load).to(team.device).train()
+        model = adapters.added(settings, huggingface.load_model(*load), examples)
+        return model.to(team.device).train()
     mesh = torch.distributed.init_device_mesh(torch.device(team.device).type, (team.size,))
     if team.size == 1:
         return shard(huggingface.load_model(*load), mesh, offload=settings.offload).train()
@@ -121,16 +123,21 @@ def _load(settings, team):
 
 
 def variants(settings, names):
-    """The settings with other optimizers: "sgd", or "sgd=0.1" for a learning rate.
+    """The settings with other optimizers or adapters: "sgd", or "sgd=0.1" for a learning rate.
 
     Raises:
         ValueError: one cannot be made, before anything is loaded.
     """
     others = []
     for name in names:
-        optimizer, _, lr = name.partition("=")
-        others.append(replace(settings, optimizer=optimizer, lr=float(lr) if lr else None))
+        name, _, lr = name.partition("=")
+        adapter = name if name in ADAPTERS else None
+        optimizer = None if adapter else name
+        others.append(
+            replace(settings, adapter=adapter, optimizer=optimizer, lr=float(lr) if lr else None)
+        )
         stepping.check(others[-1])
+        adapters.check(others[-1])
     return others
 
 
@@ -183,7 +190,6 @@ class Job:
 
     def run(self, newest):
         first = 0
-        torch.manual_seed(self.settings.seed + self.team.part)
         if newest is not None:
             first, path = newest
             self.progress = checkpoint.restore(
@@ -216,6 +222,8 @@ class Job:
     def _step(self, step, show):
         started = time.perf_counter()
         settings, progress, team = self.settings, self.progress, self.team
+        # Dropout of a step does not depend on where a run began, or goes on.
+        torch.manual_seed((settings.seed * 1_000_003 + step) * team.parts + team.part)
         micro = self._batches(step)
         rate = self.scheduler.get_last_lr()[0]
         loss, norm, skipped = stepping.update(
@@ -328,7 +336,7 @@ class Job:
     def _report(self, after, best_step):
         progress = self.progress
         last = progress["losses"][-max(1, len(progress["losses"]) // 10) :]
-        name = self.settings.optimizer
+        name = self.settings.adapter or self.settings.optimizer
         if name in OURS and self.settings.strategy != "auto":
             name += f" ({self.settings.strategy})"
         return Report(
@@ -346,7 +354,11 @@ class Job:
 
     def _finish(self, result, weights):
         """The checkpoint of the last step is there until the result is."""
-        checkpoint.save_model(self.folder, "model", self.model, self.tokenizer, weights)
+
+        def write(folder):
+            adapters.save(self.settings, folder, self.model, self.tokenizer, weights)
+
+        checkpoint.save_model(self.folder, "model", write)
         with checkpoint.writing(self.folder):
             report.write(self.folder, result, self.progress["losses"])
             checkpoint.drop(self.folder, self.output.keep)

@@ -139,6 +139,10 @@ def _check(settings, size):
         raise ValueError("offload goes with FSDP2 alone: leave out tensor_parallel")
     if size == 1:
         return
+    if settings.adapter is not None:
+        raise ValueError(
+            f"adapter must be left out with {size} processes, got {settings.adapter!r}"
+        )
     if settings.device not in ("cpu", "cuda"):
         raise ValueError(
             f"device must be cpu or cuda with {size} processes, each of which takes a card of its "

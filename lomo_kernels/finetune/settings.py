@@ -22,6 +22,7 @@ OPTIMIZERS = {  # default learning rates
     "sgd": 0.1,
     "adamw": 1e-4,
 }
+ADAPTERS = {"lora": 2e-3}  # default learning rates of AdamW on them
 DEFAULT_STEPS = 32  # on the default data: about five minutes on two CPU cores
 SCHEDULES = ("linear", "cosine", "constant")
 SHARDINGS = ("none", "fsdp2")
@@ -29,7 +30,7 @@ PLACEMENT = ("sharding", "offload", "tensor_parallel")  # how processes share on
 DTYPES = ("float32", "bfloat16", "float16")
 TRUNCATIONS = ("prompt-left", "skip", "error")
 
-_LRS = ", ".join(f"{lr:g} for {name}" for name, lr in OPTIMIZERS.items())
+_LRS = ", ".join(f"{lr:g} for {name}" for name, lr in {**OPTIMIZERS, **ADAPTERS}.items())
 _WE = " and ".join(OURS)
 
 
@@ -68,7 +69,18 @@ class Settings:
         "what becomes of longer examples: prompt-left cuts the beginning of the prompt, skip "
         "leaves them out, error refuses them",
     )
-    optimizer: str = _option("lomo", ", ".join(OPTIMIZERS))
+    adapter: str | None = _option(
+        None, f"what is trained in place of the weights, by adamw: {', '.join(ADAPTERS)}"
+    )
+    lora_rank: int = _option(8, "rank of LoRA's matrices")
+    lora_alpha: float = _option(16.0, "LoRA's product is multiplied by this over the rank")
+    lora_dropout: float = _option(0.0, "part of LoRA's inputs that is dropped in training")
+    lora_targets: str | None = _option(
+        None, "modules that get LoRA, e.g. q_proj,v_proj or all-linear; by default peft's choice"
+    )
+    optimizer: str | None = _option(
+        None, f"{', '.join(OPTIMIZERS)}; by default lomo, and adamw of an adapter"
+    )
     lr: float | None = _option(None, f"largest learning rate; by default {_LRS}")
     schedule: str = _option("linear", ", ".join(SCHEDULES))
     warmup: float = _option(0.1, "fraction of the steps in which the learning rate rises")
@@ -117,11 +129,15 @@ class Settings:
         False, "the model lives in host memory and is updated there; with one process, too"
     )
     tensor_parallel: int = _option(1, "processes that share each matrix, by transformers' plan")
-    seed: int = _option(0, "of the order of the examples and of stochastic rounding")
+    seed: int = _option(
+        0, "of the order of the examples, of adapters, dropout and stochastic rounding"
+    )
 
     def __post_init__(self):
         if self.clip_grad_norm == 0:
             object.__setattr__(self, "clip_grad_norm", None)
+        if self.optimizer is None:
+            object.__setattr__(self, "optimizer", "lomo" if self.adapter is None else "adamw")
         self._one_of("optimizer", tuple(OPTIMIZERS))
         self._one_of("schedule", SCHEDULES)
         self._one_of("dtype", DTYPES)
@@ -132,10 +148,13 @@ class Settings:
         self._check("epochs", lambda n: n is None or 0 < n < math.inf, "a number greater than 0")
         for name in (
             "steps", "batch_size", "gradient_accumulation", "train_size", "eval_size", "eval_every",
-            "tensor_parallel",
+            "tensor_parallel", "lora_rank",
         ):  # fmt: skip
             self._check(name, lambda n: n is None or n > 0, "a whole number above 0")
         self._check("autocast", lambda on: not on or self.dtype == "float32", "with dtype float32")
+        self._check("lora_alpha", lambda alpha: 0 < alpha < math.inf, "a number greater than 0")
+        self._check("lora_dropout", lambda part: 0 <= part < 1, "at least 0 and below 1")
+        self._check_adapter()
         self._check_task()
         if self.sharding is not None:
             self._one_of("sharding", SHARDINGS)
@@ -149,7 +168,8 @@ class Settings:
             reason = str(error).split("\n")[0]
             raise ValueError(f"device {self.device!r} cannot be used: {reason}") from error
         if self.lr is None:
-            object.__setattr__(self, "lr", OPTIMIZERS[self.optimizer])
+            lrs = OPTIMIZERS if self.adapter is None else ADAPTERS
+            object.__setattr__(self, "lr", lrs[self.adapter or self.optimizer])
         if self.eval_size is None:
             object.__setattr__(self, "eval_size", 1000 if self.task else 64)
         if self.train_size is None and self.task:
@@ -163,6 +183,17 @@ class Settings:
     def identity(self):
         """What a run has in common with one that goes on with it, maybe in other processes."""
         return {key: value for key, value in asdict(self).items() if key not in PLACEMENT}
+
+    def _check_adapter(self):
+        if self.adapter is None:
+            return
+        self._one_of("adapter", ADAPTERS)
+        self._check("optimizer", lambda name: name == "adamw", f"adamw with adapter {self.adapter}")
+        for name, alone in (
+            ("sharding", (None, "none")), ("offload", (False,)), ("tensor_parallel", (1,)),
+        ):  # fmt: skip
+            wanted = "left out with an adapter, which one process trains"
+            self._check(name, lambda value, alone=alone: value in alone, wanted)
 
     def _check_task(self):
         if self.task is None:
@@ -200,7 +231,8 @@ class Output:
         "installed",
     )
     compare: str | None = _option(
-        None, "other optimizers on the same data, e.g. sgd,adamw or sgd=0.1,adamw=3e-5"
+        None,
+        "other optimizers and adapters on the same data, e.g. sgd,adamw,lora or sgd=0.1,lora=4e-3",
     )
 
     def __post_init__(self):

@@ -210,6 +210,11 @@ def _source(name):
         if not path.is_file():
             raise ModelError(f"cannot load the model {name!r}: there is no such file")
         return str(path.parent), {"gguf_file": path.name}
+    if (path / "adapter_config.json").exists():
+        raise ModelError(
+            f"cannot load the model {name!r}: it is the folder of an adapter, which goes beside a "
+            "model by peft's PeftModel.from_pretrained"
+        )
     return str(name), {}
 
 

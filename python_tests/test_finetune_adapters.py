@@ -1,0 +1,193 @@
+"""Adapters in the main job: peft's own, trained, kept and scored as plain loops of torch do it."""
+
+import signal
+import sys
+
+import pytest
+import torch
+from torch.distributed import checkpoint as dcp
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+peft = pytest.importorskip("peft", reason="peft is not installed")
+pytest.importorskip("rich", reason="rich is not installed")
+
+from test_finetune import loaded, make_tiny, result, run, start_and  # noqa: E402
+from test_finetune_job import tuned  # noqa: E402
+
+from lomo_kernels import finetune  # noqa: E402
+from lomo_kernels.finetune import adapters, checkpoint  # noqa: E402
+from lomo_kernels.finetune.examples import batch_of  # noqa: E402
+from lomo_kernels.integrations import huggingface  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+
+SMALL = {"steps": 3, "batch_size": 4, "warmup": 0.0, "schedule": "constant"}
+
+
+def adapter_of(out):
+    """The tensors of an adapter's folder, by peft's names."""
+    from safetensors.torch import load_file
+
+    return load_file(out / "adapter_model.safetensors")
+
+
+def batches_of(tiny, questions, steps=3, size=4):
+    """The batches of the first steps of a run with seed 0."""
+    _, tokenizer, examples = loaded(tiny, train=questions)
+    order = torch.randperm(108, generator=torch.Generator().manual_seed(0)).tolist()
+    for i in range(0, steps * size, size):
+        some = [examples.train[j] for j in order[i : i + size]]
+        yield batch_of(some, tokenizer.pad_token_id, "cpu")
+
+
+def largest_difference(got, want):
+    assert got.keys() == want.keys()
+    return max((got[name] - want[name]).abs().max().item() for name in want)
+
+
+@pytest.fixture
+def trained_model(monkeypatch):
+    """-> a list with the model of a run, as it is when the run saves it."""
+    found, save = [], adapters.save
+
+    def noted(settings, folder, model, *more):
+        found.append(model)
+        save(settings, folder, model, *more)
+
+    monkeypatch.setattr(adapters, "save", noted)
+    return found
+
+
+# -- LoRA ------------------------------------------------------------------------------------------
+
+
+def test_lora_is_peft_s_by_adamw(tiny, questions, tmp_path, trained_model):
+    lora = {"lora_rank": 4, "lora_alpha": 8.0, "lora_targets": "q_proj,up_proj"}
+    tuned(tmp_path, model=tiny, train=questions, adapter="lora", lr=0.03, seed=0, **SMALL, **lora)
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(huggingface.load_model(tiny), config)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=0.03, weight_decay=0.0
+    )
+    for batch in batches_of(tiny, questions):
+        model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    want = peft.get_peft_model_state_dict(model)
+    assert largest_difference(adapter_of(tmp_path / "model"), want) < 1e-6
+    assert all(tensor.abs().max() > 0 for tensor in want.values())
+    base = trained_model[0].get_base_model().state_dict()
+    for name, tensor in huggingface.load_model(tiny).named_parameters():
+        name = name.replace("q_proj", "q_proj.base_layer").replace("up_proj", "up_proj.base_layer")
+        assert torch.equal(base[name], tensor)
+
+
+def test_an_adapter_s_folder_is_loaded_by_peft(tiny, questions, tmp_path, trained_model):
+    assert run("--model", tiny, "--train", questions, "--adapter", "lora", "--steps", 3,
+               "--lr", 0.1, "--out", tmp_path) == 0  # fmt: skip
+    again = peft.PeftModel.from_pretrained(huggingface.load_model(tiny), tmp_path / "model")
+    (batch,) = batches_of(tiny, questions, steps=1)
+    with torch.no_grad():
+        got, want, base = (
+            model.eval()(input_ids=batch["input_ids"]).logits
+            for model in (again, trained_model[0], huggingface.load_model(tiny))
+        )
+    assert torch.equal(got, want)
+    assert not torch.allclose(got, base, atol=1e-3)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "model").eos_token == "<end>"
+    assert result(tmp_path)["optimizer"] == "lora, lr 0.1"
+
+
+@pytest.mark.parametrize("options", [["--adapter", "lora", "--lora-dropout", "0.5"]], ids=str)
+def test_an_interrupted_adapter_goes_on_to_the_same_weights(tiny, questions, tmp_path, options):
+    """Its beginning is drawn again, and the dropout of each step is that step's."""
+    arguments = [
+        "--model", tiny, "--train", questions, "--steps", "120", "--save-every", "2",
+        "--eval-size", "4", *options,
+    ]  # fmt: skip
+    assert run(*arguments, "--out", tmp_path / "whole") == 0
+    start_and(signal.SIGKILL, arguments, tmp_path / "cut", after_step=6)
+    step, path = checkpoint.latest(tmp_path / "cut")
+    assert 6 <= step < 120
+    names = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    kept = [name for name in names if name.startswith("model.")]
+    assert kept
+    assert all("lora_" in name for name in kept)
+    assert run(*arguments, "--out", tmp_path / "cut") == 0
+    whole, cut = (adapter_of(tmp_path / name / "model") for name in ("whole", "cut"))
+    assert largest_difference(cut, whole) == 0
+    assert result(tmp_path / "cut")["losses"] == result(tmp_path / "whole")["losses"]
+
+
+def test_dropout_and_the_seed_of_an_adapter_matter(tiny, questions, tmp_path):
+    found = []
+    for i, more in enumerate([{}, {"lora_dropout": 0.5}, {"seed": 1}]):
+        tuned(tmp_path / str(i), model=tiny, train=questions, adapter="lora", **SMALL, **more)
+        found.append(adapter_of(tmp_path / str(i) / "model"))
+    plain, dropped, seeded = found
+    assert largest_difference(plain, dropped) > 0
+    assert min((plain[n] - seeded[n]).abs().max().item() for n in plain if "lora_A" in n) > 0.01
+
+
+def test_adapters_of_a_16_bit_model_are_in_float32(tiny, questions, tmp_path):
+    tuned(tmp_path, model=tiny, train=questions, adapter="lora", dtype="bfloat16", **SMALL)
+    assert {t.dtype for t in adapter_of(tmp_path / "model").values()} == {torch.float32}
+
+
+# -- refused, in one sentence ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--adapter", "dora"], "adapter must be one of lora"),
+        (["--adapter", "lora", "--optimizer", "lomo"], "optimizer must be adamw with adapter lora"),
+        (["--adapter", "lora", "--lora-rank", "0"], "lora_rank must be a whole number above 0"),
+        (["--adapter", "lora", "--lora-alpha", "0"], "lora_alpha must be a number greater than 0"),
+        (["--adapter", "lora", "--lora-dropout", "1"], "lora_dropout must be at least 0 and below"),
+        (["--adapter", "lora", "--lora-targets", "q_proj,up"], "of the model, got 'up'"),
+        (["--adapter", "lora", "--offload"], "offload must be left out with an adapter"),
+        (["--adapter", "lora", "--sharding", "fsdp2"], "sharding must be left out with an adapter"),
+    ],
+    ids=lambda value: None,
+)  # fmt: skip
+def test_what_an_adapter_cannot_do(tiny, questions, capsys, arguments, message):
+    assert run("--model", tiny, "--train", questions, "--steps", 1, *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_an_adapter_is_one_process_s(tiny, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    settings = finetune.Settings(model=tiny, adapter="lora")
+    with pytest.raises(ValueError, match="adapter must be left out with 2 processes, got 'lora'"):
+        finetune.run(settings)
+
+
+def test_without_peft(tiny, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    for arguments in (["--adapter", "lora"], ["--compare", "lora"]):
+        assert run("--model", tiny, *arguments) == 2
+        assert capsys.readouterr().err == (
+            "lomo-kernels: an adapter needs peft: pip install 'lomo_kernels[adapters]'\n"
+        )
+
+
+def test_an_adapter_s_folder_is_no_model(tiny, questions, tmp_path, capsys):
+    tuned(tmp_path, model=tiny, train=questions, adapter="lora", **SMALL)
+    capsys.readouterr()
+    assert run("--model", tmp_path / "model", "--train", questions, "--steps", 1) == 2
+    assert "it is the folder of an adapter" in capsys.readouterr().err
+
+
+def test_a_model_for_which_peft_knows_no_places(questions, tmp_path, capsys):
+    folder = make_tiny(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace('"llama"', '"olmo"').replace('"LlamaF', '"OlmoF'))
+    assert run("--model", folder, "--train", questions, "--adapter", "lora", "--steps", 1) == 2
+    assert "name modules with lora_targets" in capsys.readouterr().err
