@@ -20,7 +20,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,7 +52,7 @@ METHODS = {
     **{
         name: Method({"optimizer": name}, OPTIMIZERS[name]) for name in ("lomo", "adalomo", "adamw")
     },
-    "lora": Method({"adapter": "lora"}, 4e-3),
+    "lora": Method({"adapter": "lora"}, 2e-3),
     "lora+lomo": Method({"adapter": "lora+lomo"}, 0.1),
     "prefix": Method({"adapter": "prefix"}, 1e-2),
 }
@@ -107,11 +106,13 @@ def planned(task, methods, count, seeds):
 def available(names):
     """-> (the methods that can be run here, why each of the others cannot)."""
     can, cannot = [], {}
-    known = {each.name for each in fields(Settings)}
     for name in names:
-        if not METHODS[name].settings.keys() <= known:
+        try:
+            Settings(**METHODS[name].settings)
+        except (TypeError, ValueError):
             cannot[name] = "this version of lomo_kernels does not have it"
-        elif "adapter" in METHODS[name].settings and importlib.util.find_spec("peft") is None:
+            continue
+        if "adapter" in METHODS[name].settings and importlib.util.find_spec("peft") is None:
             cannot[name] = "peft is not installed"
         else:
             can.append(name)
