@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-from . import memory, performance, record, strategies
+from . import memory, performance, record, strategies, study_table
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,6 +55,7 @@ PAGES = {
     },
     "docs/memory.md": {"table1": memory.table1},
     "docs/strategies.md": {"strategies": strategies.whole_table},
+    "docs/study.md": {"study": study_table.table},
 }
 
 

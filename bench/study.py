@@ -131,7 +131,10 @@ def read(task, options):
         if not path.is_file():
             raise DataError(f"there is no file {path}: apt-get install wordnet-base")
         apart = options.validation_size + options.test_size
-        train, held_out = wordnet.questions(path, TRAIN, apart, seed=0)
+        try:
+            train, held_out = wordnet.questions(path, TRAIN, apart, seed=0)
+        except ValueError as error:
+            raise DataError(str(error)) from error
         return Data(train, held_out[: options.validation_size], held_out[options.validation_size :])
     if options.data is None:
         raise DataError("--data names no folder with it")
