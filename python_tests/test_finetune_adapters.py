@@ -11,11 +11,11 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 peft = pytest.importorskip("peft", reason="peft is not installed")
 pytest.importorskip("rich", reason="rich is not installed")
 
-from test_finetune import loaded, make_tiny, result, run, start_and  # noqa: E402
+from test_finetune import alone, loaded, make_tiny, result, run, start_and  # noqa: E402
 from test_finetune_job import tuned  # noqa: E402
 
 from lomo_kernels import finetune  # noqa: E402
-from lomo_kernels.finetune import adapters, checkpoint  # noqa: E402
+from lomo_kernels.finetune import adapters, checkpoint, scoring  # noqa: E402
 from lomo_kernels.finetune.examples import batch_of  # noqa: E402
 from lomo_kernels.integrations import huggingface  # noqa: E402
 
@@ -86,8 +86,9 @@ def test_lora_is_peft_s_by_adamw(tiny, questions, tmp_path, trained_model):
         assert torch.equal(base[name], tensor)
 
 
-def test_an_adapter_s_folder_is_loaded_by_peft(tiny, questions, tmp_path, trained_model):
-    assert run("--model", tiny, "--train", questions, "--adapter", "lora", "--steps", 3,
+@pytest.mark.parametrize("adapter", ["lora", "prefix"])
+def test_an_adapter_s_folder_is_loaded_by_peft(tiny, questions, tmp_path, trained_model, adapter):
+    assert run("--model", tiny, "--train", questions, "--adapter", adapter, "--steps", 3,
                "--lr", 0.1, "--out", tmp_path) == 0  # fmt: skip
     again = peft.PeftModel.from_pretrained(huggingface.load_model(tiny), tmp_path / "model")
     (batch,) = batches_of(tiny, questions, steps=1)
@@ -99,15 +100,17 @@ def test_an_adapter_s_folder_is_loaded_by_peft(tiny, questions, tmp_path, traine
     assert torch.equal(got, want)
     assert not torch.allclose(got, base, atol=1e-3)
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "model").eos_token == "<end>"
-    assert result(tmp_path)["optimizer"] == "lora, lr 0.1"
+    assert result(tmp_path)["optimizer"] == f"{adapter}, lr 0.1"
 
 
-@pytest.mark.parametrize("options", [["--adapter", "lora", "--lora-dropout", "0.5"]], ids=str)
+@pytest.mark.parametrize(
+    "options", [["lora", "--lora-dropout", "0.5"], ["prefix", "--prefix-tokens", "3"]], ids=str
+)
 def test_an_interrupted_adapter_goes_on_to_the_same_weights(tiny, questions, tmp_path, options):
     """Its beginning is drawn again, and the dropout of each step is that step's."""
     arguments = [
         "--model", tiny, "--train", questions, "--steps", "120", "--save-every", "2",
-        "--eval-size", "4", *options,
+        "--eval-size", "4", "--adapter", *options,
     ]  # fmt: skip
     assert run(*arguments, "--out", tmp_path / "whole") == 0
     start_and(signal.SIGKILL, arguments, tmp_path / "cut", after_step=6)
@@ -116,7 +119,7 @@ def test_an_interrupted_adapter_goes_on_to_the_same_weights(tiny, questions, tmp
     names = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     kept = [name for name in names if name.startswith("model.")]
     assert kept
-    assert all("lora_" in name for name in kept)
+    assert all("lora_" in name or "prompt_encoder" in name for name in kept)
     assert run(*arguments, "--out", tmp_path / "cut") == 0
     whole, cut = (adapter_of(tmp_path / name / "model") for name in ("whole", "cut"))
     assert largest_difference(cut, whole) == 0
@@ -138,18 +141,99 @@ def test_adapters_of_a_16_bit_model_are_in_float32(tiny, questions, tmp_path):
     assert {t.dtype for t in adapter_of(tmp_path / "model").values()} == {torch.float32}
 
 
+# -- prefixes --------------------------------------------------------------------------------------
+
+
+def prefixed(tiny, questions, tokens=7):
+    """-> (the beginning of a run with a prefix, the tokens of the prefix, the Data)."""
+    settings = {"train": questions, "adapter": "prefix", "prefix_tokens": tokens}
+    model, _, examples = loaded(tiny, **settings)
+    model = adapters.added(finetune.Settings(model=tiny, **settings), model, examples)
+    some = [e.prompt + e.completion for e in examples.train[:tokens]]
+    return model.train(), sum(some, ())[:tokens], examples
+
+
+def test_a_prefix_begins_as_the_tokens_before_each_example(tiny, questions):
+    model, ids, _ = prefixed(tiny, questions)
+    base = huggingface.load_model(tiny)
+    (batch,) = batches_of(tiny, questions, steps=1)
+    got = model(**batch).loss
+    before = torch.tensor([ids] * 4)
+    whole = {
+        "input_ids": torch.cat([before, batch["input_ids"]], 1),
+        "attention_mask": torch.cat([torch.ones_like(before), batch["attention_mask"]], 1),
+        "labels": torch.cat([torch.full_like(before, -100), batch["labels"]], 1),
+    }
+    want = base(**whole).loss
+    assert got.item() == pytest.approx(want.item(), abs=1e-6)
+    assert abs(base(**batch).loss.item() - want.item()) > 1e-3
+
+
+def test_a_prefix_is_peft_s_by_adamw(tiny, questions, tmp_path, trained_model):
+    more = {"prefix_tokens": 7, "adapter": "prefix", "lr": 0.03}
+    tuned(tmp_path, model=tiny, train=questions, **more, **SMALL)
+    model, _, _ = prefixed(tiny, questions)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=0.03, weight_decay=0.0
+    )
+    begun = peft.get_peft_model_state_dict(model)
+    begun = {name: tensor.clone() for name, tensor in begun.items()}
+    for batch in batches_of(tiny, questions):
+        model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    want = peft.get_peft_model_state_dict(model)
+    assert largest_difference(adapter_of(tmp_path / "model"), want) < 1e-6
+    assert largest_difference(begun, want) > 0.01
+    base = trained_model[0].get_base_model().state_dict()
+    untouched = huggingface.load_model(tiny).named_parameters()
+    assert all(torch.equal(base[name], tensor) for name, tensor in untouched)
+
+
+@pytest.mark.parametrize("begins", [True, False], ids=["real tokens", "any prefix"])
+def test_answers_of_several_tokens_are_scored_after_a_prefix(tiny, questions, begins):
+    """Left padding, and answers that go on with the keys and values of their prompt."""
+    model, ids, data = prefixed(tiny, questions)
+    if not begins:
+        torch.nn.init.normal_(model.prompt_encoder["default"].embedding.weight)
+    some = data.held_out
+    assert len({len(c) for e in some for c in e.choices}) > 1
+    with torch.no_grad():
+        got = scoring.log_likelihoods(model.eval(), some, 0, "cpu")
+    for row, example in zip(got, some):
+        for value, choice in zip(row, example.choices):
+            if begins:
+                want = alone(model.get_base_model(), ids + example.prompt, choice)
+            else:
+                want = alone(model, example.prompt, choice)
+            assert value.item() == pytest.approx(len(choice) * want, abs=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"autocast": True}], ids=str)
+def test_a_prefix_in_16_bits(tiny, questions, tmp_path, options):
+    same = {"model": tiny, "train": questions, "adapter": "prefix", **SMALL}
+    whole = tuned(tmp_path / "whole", **same)
+    half = tuned(tmp_path / "half", **same, **options)
+    assert half.loss == pytest.approx(whole.loss, rel=1e-2)
+    assert {t.dtype for t in adapter_of(tmp_path / "half" / "model").values()} == {torch.float32}
+
+
 # -- refused, in one sentence ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--adapter", "dora"], "adapter must be one of lora"),
+        (["--adapter", "dora"], "adapter must be one of lora, prefix"),
         (["--adapter", "lora", "--optimizer", "lomo"], "optimizer must be adamw with adapter lora"),
         (["--adapter", "lora", "--lora-rank", "0"], "lora_rank must be a whole number above 0"),
         (["--adapter", "lora", "--lora-alpha", "0"], "lora_alpha must be a number greater than 0"),
         (["--adapter", "lora", "--lora-dropout", "1"], "lora_dropout must be at least 0 and below"),
         (["--adapter", "lora", "--lora-targets", "q_proj,up"], "of the model, got 'up'"),
+        (["--adapter", "prefix", "--prefix-tokens", "0"], "prefix_tokens must be a whole number"),
+        (["--adapter", "prefix", "--prefix-tokens", "9999"], "prefix_tokens must be at most the "),
+        (["--adapter", "prefix", "--checkpointing"], "checkpointing must be left out with adapter"),
         (["--adapter", "lora", "--offload"], "offload must be left out with an adapter"),
         (["--adapter", "lora", "--sharding", "fsdp2"], "sharding must be left out with an adapter"),
     ],

@@ -3,6 +3,7 @@
 import torch
 
 from ..integrations import huggingface, peft
+from .sources import DataError
 
 
 def check(settings):
@@ -22,10 +23,25 @@ def added(settings, model, examples):
         return model
     with torch.random.fork_rng(devices=()):  # the model is still on the CPU
         torch.manual_seed(settings.seed)
+        if settings.adapter == "prefix":
+            return peft.with_prefix(model, _first_tokens(settings, examples), base=settings.model)
         return peft.with_lora(
             model, rank=settings.lora_rank, alpha=settings.lora_alpha,
             dropout=settings.lora_dropout, targets=settings.lora_targets, base=settings.model,
         )  # fmt: skip
+
+
+def _first_tokens(settings, examples):
+    """With which a prefix begins: those of the first examples."""
+    size, ids = settings.prefix_tokens, []
+    for example in examples.train:
+        if len(ids) >= size:
+            break
+        ids += example.prompt + example.completion
+    if len(ids) < size:
+        most = len(ids)
+        raise DataError(f"prefix_tokens must be at most the {most} that are trained on, got {size}")
+    return ids[:size]
 
 
 def save(settings, folder, model, tokenizer, weights):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..integrations import peft
 from .examples import batch_of
 
 RULES = ("mean", "sum")
@@ -103,13 +104,15 @@ def log_likelihoods(model, examples, pad, device, longest=1):
         ids[row, width - len(e.prompt) :] = torch.tensor(e.prompt)
         mask[row, width - len(e.prompt) :] = 1
     ids, mask = ids.to(device), mask.to(device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    model, past, before = peft.context(model, len(examples))
+    positions = (mask.cumsum(1) - 1).clamp(min=0) + before
+    mask = torch.cat([mask.new_ones(len(examples), before), mask], 1)
     answers = [(row, c) for row, e in enumerate(examples) for c in e.choices]
     rows = torch.tensor([row for row, _ in answers], device=device)
     longest = max(longest, *(len(c) for _, c in answers))
     out = model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1,
-        use_cache=longest > 1,
+        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=past,
+        logits_to_keep=1, use_cache=longest > 1,
     )  # fmt: skip
     first = out.logits[:, -1].float().log_softmax(-1)
     total = first[rows, torch.tensor([c[0] for _, c in answers], device=device)]

@@ -22,7 +22,7 @@ OPTIMIZERS = {  # default learning rates
     "sgd": 0.1,
     "adamw": 1e-4,
 }
-ADAPTERS = {"lora": 2e-3}  # default learning rates of AdamW on them
+ADAPTERS = {"lora": 2e-3, "prefix": 1e-2}  # default learning rates of AdamW on them
 DEFAULT_STEPS = 32  # on the default data: about five minutes on two CPU cores
 SCHEDULES = ("linear", "cosine", "constant")
 SHARDINGS = ("none", "fsdp2")
@@ -77,6 +77,9 @@ class Settings:
     lora_dropout: float = _option(0.0, "part of LoRA's inputs that is dropped in training")
     lora_targets: str | None = _option(
         None, "modules that get LoRA, e.g. q_proj,v_proj or all-linear; by default peft's choice"
+    )
+    prefix_tokens: int = _option(
+        20, "of a prefix, which begins with the first tokens of the examples"
     )
     optimizer: str | None = _option(
         None, f"{', '.join(OPTIMIZERS)}; by default lomo, and adamw of an adapter"
@@ -148,7 +151,7 @@ class Settings:
         self._check("epochs", lambda n: n is None or 0 < n < math.inf, "a number greater than 0")
         for name in (
             "steps", "batch_size", "gradient_accumulation", "train_size", "eval_size", "eval_every",
-            "tensor_parallel", "lora_rank",
+            "tensor_parallel", "lora_rank", "prefix_tokens",
         ):  # fmt: skip
             self._check(name, lambda n: n is None or n > 0, "a whole number above 0")
         self._check("autocast", lambda on: not on or self.dtype == "float32", "with dtype float32")
@@ -189,6 +192,9 @@ class Settings:
             return
         self._one_of("adapter", ADAPTERS)
         self._check("optimizer", lambda name: name == "adamw", f"adamw with adapter {self.adapter}")
+        if self.adapter == "prefix":
+            wanted = "left out with adapter prefix, whose keys and values peft adds in one forward"
+            self._check("checkpointing", lambda on: not on, wanted)
         for name, alone in (
             ("sharding", (None, "none")), ("offload", (False,)), ("tensor_parallel", (1,)),
         ):  # fmt: skip

@@ -1,5 +1,7 @@
 """Adapters through peft: which there are, what they are made of, and their folder."""
 
+import torch
+
 from .huggingface import ModelError, _short
 
 
@@ -57,6 +59,55 @@ def _check_names(model, names):
     for name in names:
         if not any(each.endswith(f".{name}") for each in known):
             raise ModelError(f"lora_targets must name modules of the model, got {name!r}")
+
+
+def with_prefix(model, ids, *, base):
+    """The model, frozen, with keys and values before every sequence in each layer (Li and Liang,
+    arXiv 2101.00190), which are those of real tokens at first: it gives what the model gives after
+    these tokens. In float32, as `with_lora`.
+
+    Args:
+        model: a causal language model of transformers; changed in place.
+        ids: the tokens.
+        base: what the model is called in the adapter's folder.
+
+    Returns:
+        A `peft.PeftModel`.
+
+    Raises:
+        ModelError: peft's prefix does not go with this kind of model.
+    """
+    peft = library()
+    config = peft.PrefixTuningConfig(
+        num_virtual_tokens=len(ids), task_type=peft.TaskType.CAUSAL_LM, base_model_name_or_path=base
+    )
+    try:
+        flat = _keys_and_values(model, ids)
+        adapted = peft.get_peft_model(model, config)
+        adapted.prompt_encoder["default"].float().embedding.weight.data.copy_(flat)
+    except (ValueError, AttributeError, RuntimeError) as error:
+        kind = model.config.model_type
+        raise ModelError(f"peft has no prefix for this {kind} model: {_short(error)}") from error
+    return adapted
+
+
+@torch.no_grad()
+def _keys_and_values(model, ids):
+    """Those of the tokens, [tokens, layers * 2 * heads * size of a head], as peft keeps them."""
+    training = model.training
+    cache = model.eval()(input_ids=torch.tensor([ids]), use_cache=True).past_key_values
+    model.train(training)
+    each = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    return torch.cat([tensor[0].transpose(0, 1).flatten(1) for tensor in each], 1)
+
+
+def context(model, rows):
+    """What a model has before the tokens of a batch: (the model to call, a cache or None, how many
+    tokens are in it). peft's own forward begins with its prefix again whenever it is called."""
+    config = getattr(model, "active_peft_config", None)
+    if config is None or not config.is_prompt_learning:
+        return model, None, 0
+    return model.get_base_model(), model.get_prompt(rows), config.num_virtual_tokens
 
 
 def save(folder, model, tokenizer=None):
