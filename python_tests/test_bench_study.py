@@ -328,8 +328,8 @@ def test_the_study_on_a_tiny_model(arguments, tmp_path, tiny):
     for name in ("train", "test"):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, getattr(data, name))))
     settings = finetune.Settings(
-        model=tiny, train=str(tmp_path / "train.jsonl"), held_out=str(tmp_path / "test.jsonl"), eval_size=TEST,
-        length=study.LENGTH, steps=2, batch_size=4, lr=0.1, seed=1, autocast=True,
+        model=tiny, train=str(tmp_path / "train.jsonl"), held_out=str(tmp_path / "test.jsonl"),
+        eval_size=TEST, length=study.LENGTH, steps=2, batch_size=4, lr=0.1, seed=1, autocast=True,
         checkpointing=True,
     )  # fmt: skip
     report = finetune.run(settings)
