@@ -202,7 +202,7 @@ def test_superglue_is_divided(tmp_path):
 
     def write(name, numbers):
         rows = [
-            {"premise": f"P{i}.", "choice1": "a", "choice2": "b", "question": "cause",
+            {"premise": f"P{i}.", "choice1": f"a{i}", "choice2": "b", "question": "cause",
              "label": int(i % 3 == 0), "idx": i} for i in numbers
         ]  # fmt: skip
         (tmp_path / "COPA" / name).write_text("\n".join(map(json.dumps, rows)))
@@ -219,7 +219,7 @@ def test_superglue_is_divided(tmp_path):
     assert (len(data.validation), len(data.test)) == (10, 9)
     assert test <= {f"P{i}. because" for i in range(100, 112)}
     found = study.majority(data, "test")  # the first choice, whatever its text
-    assert found["right"] == sum(row["completion"] == " a" for row in data.test)
+    assert found["right"] == sum(row["completion"] != " b" for row in data.test)
     assert found["count"] == 9
 
 
