@@ -215,7 +215,7 @@ def _tune(options):
     finetune.compare(settings, report, others, display)
     doubt = report.doubt()
     if output.out is not None:
-        kind = "model" if settings.adapter is None else "adapter"
+        kind = "adapter" if settings.adapter in ("lora", "prefix") else "model"
         what = f"fine-tuned {kind}" if doubt is None else kind
         display.say(f"the {what} is in {output.out}/model")
     if doubt is not None:

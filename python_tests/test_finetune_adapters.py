@@ -40,6 +40,21 @@ def batches_of(tiny, questions, steps=3, size=4):
         yield batch_of(some, tokenizer.pad_token_id, "cpu")
 
 
+def adamw(params, lr):
+    return torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
+
+
+def train(model, batches, *optimizers, clipped):
+    """A plain loop of torch, in which the norm of some parameters' gradients is at most 1."""
+    for batch in batches:
+        model(**batch).loss.backward()
+        if clipped:
+            torch.nn.utils.clip_grad_norm_(clipped, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
 def largest_difference(got, want):
     assert got.keys() == want.keys()
     return max((got[name] - want[name]).abs().max().item() for name in want)
@@ -69,14 +84,8 @@ def test_lora_is_peft_s_by_adamw(tiny, questions, tmp_path, trained_model):
         r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM"
     )
     model = peft.get_peft_model(huggingface.load_model(tiny), config)
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=0.03, weight_decay=0.0
-    )
-    for batch in batches_of(tiny, questions):
-        model(**batch).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+    params = [p for p in model.parameters() if p.requires_grad]
+    train(model, batches_of(tiny, questions), adamw(params, 0.03), clipped=params)
     want = peft.get_peft_model_state_dict(model)
     assert largest_difference(adapter_of(tmp_path / "model"), want) < 1e-6
     assert all(tensor.abs().max() > 0 for tensor in want.values())
@@ -104,7 +113,13 @@ def test_an_adapter_s_folder_is_loaded_by_peft(tiny, questions, tmp_path, traine
 
 
 @pytest.mark.parametrize(
-    "options", [["lora", "--lora-dropout", "0.5"], ["prefix", "--prefix-tokens", "3"]], ids=str
+    "options",
+    [
+        ["lora", "--lora-dropout", "0.5"],
+        ["prefix", "--prefix-tokens", "3"],
+        ["lora+lomo", "--lora-dropout", "0.5"],
+    ],
+    ids=str,
 )
 def test_an_interrupted_adapter_goes_on_to_the_same_weights(tiny, questions, tmp_path, options):
     """Its beginning is drawn again, and the dropout of each step is that step's."""
@@ -118,11 +133,15 @@ def test_an_interrupted_adapter_goes_on_to_the_same_weights(tiny, questions, tmp
     assert 6 <= step < 120
     names = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     kept = [name for name in names if name.startswith("model.")]
-    assert kept
-    assert all("lora_" in name or "prompt_encoder" in name for name in kept)
+    adapter = ["lora_" in name or "prompt_encoder" in name for name in kept]
+    assert any(adapter)
+    assert all(adapter) == (options[0] != "lora+lomo")
     assert run(*arguments, "--out", tmp_path / "cut") == 0
-    whole, cut = (adapter_of(tmp_path / name / "model") for name in ("whole", "cut"))
-    assert largest_difference(cut, whole) == 0
+    paths = list((tmp_path / "cut").rglob("*.safetensors"))
+    assert len(paths) == (2 if options[0] == "lora+lomo" else 1)
+    for path in paths:
+        whole = tmp_path / "whole" / path.relative_to(tmp_path / "cut")
+        assert path.read_bytes() == whole.read_bytes()
     assert result(tmp_path / "cut")["losses"] == result(tmp_path / "whole")["losses"]
 
 
@@ -173,16 +192,10 @@ def test_a_prefix_is_peft_s_by_adamw(tiny, questions, tmp_path, trained_model):
     more = {"prefix_tokens": 7, "adapter": "prefix", "lr": 0.03}
     tuned(tmp_path, model=tiny, train=questions, **more, **SMALL)
     model, _, _ = prefixed(tiny, questions)
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=0.03, weight_decay=0.0
-    )
+    params = [p for p in model.parameters() if p.requires_grad]
     begun = peft.get_peft_model_state_dict(model)
     begun = {name: tensor.clone() for name, tensor in begun.items()}
-    for batch in batches_of(tiny, questions):
-        model(**batch).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+    train(model, batches_of(tiny, questions), adamw(params, 0.03), clipped=params)
     want = peft.get_peft_model_state_dict(model)
     assert largest_difference(adapter_of(tmp_path / "model"), want) < 1e-6
     assert largest_difference(begun, want) > 0.01
@@ -219,13 +232,88 @@ def test_a_prefix_in_16_bits(tiny, questions, tmp_path, options):
     assert {t.dtype for t in adapter_of(tmp_path / "half" / "model").values()} == {torch.float32}
 
 
+# -- both ------------------------------------------------------------------------------------------
+
+
+def tuned_together(model):
+    """-> (its own parameters, those of its adapters), all of them trained."""
+    model.requires_grad_()
+    own, beside = {}, {}
+    for name, param in model.named_parameters():
+        (beside if "lora_" in name else own)[name] = param
+    return list(own.values()), list(beside.values())
+
+
+WAYS = [
+    {},
+    {"strategy": "one_backward"},
+    {"strategy": "two_backward"},
+    {"strategy": "partial"},
+    {"strategy": "two_backward", "checkpointing": True},
+    {"strategy": "partial", "checkpointing": True},
+    {"strategy": "immediate", "clip_grad_norm": 0},
+    {"batch_size": 2, "gradient_accumulation": 2},
+]
+
+
+@pytest.mark.parametrize("how", WAYS, ids=str)
+def test_both_are_sgd_and_adamw(tiny, questions, tmp_path, trained_model, how):
+    """The norm is that of the weights' gradients, and clips no others."""
+    more = {"adapter": "lora+lomo", "lr": 0.3, "adapter_lr": 0.02, **SMALL, **how}
+    tuned(tmp_path, model=tiny, train=questions, **more)
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(huggingface.load_model(tiny), config)
+    own, beside = tuned_together(model)
+    before = [p.detach().clone() for p in (*own, *beside)]
+    clipped = [] if how.get("clip_grad_norm") == 0 else own
+    sgd = torch.optim.SGD(own, lr=0.3)
+    train(model, batches_of(tiny, questions), sgd, adamw(beside, 0.02), clipped=clipped)
+    (got,) = trained_model
+    assert largest_difference(dict(got.named_parameters()), dict(model.named_parameters())) < 1e-6
+    moved = [(a - b).abs().max().item() for a, b in zip(before, (*own, *beside))]
+    assert min(moved) > 1e-5
+
+
+def test_lora_beside_adalomo_learns(tiny, questions, tmp_path):
+    report = tuned(tmp_path, model=tiny, train=questions, steps=20, batch_size=8,
+                   adapter="lora+lomo", optimizer="adalomo", lr=0.1)  # fmt: skip
+    losses = result(tmp_path)["losses"]
+    assert losses[-1] < 0.9 * losses[0]
+    assert report.optimizer == "lora+adalomo, lr 0.1, 0.002"
+
+
+def test_both_are_saved_one_in_the_other(tiny, questions, tmp_path, trained_model, capsys):
+    arguments = ["--train", questions, "--adapter", "lora+lomo", "--adapter-lr", 0.1, "--steps", 3]
+    assert run("--model", tiny, *arguments, "--out", tmp_path) == 0
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    (batch,) = batches_of(tiny, questions, steps=1)
+    with torch.no_grad():
+        alone = base.eval()(input_ids=batch["input_ids"]).logits
+        again = peft.PeftModel.from_pretrained(base, tmp_path / "model" / "adapter").eval()
+        got = again(input_ids=batch["input_ids"]).logits
+        want = trained_model[0].eval()(input_ids=batch["input_ids"]).logits
+    assert torch.equal(got, want)
+    assert not torch.allclose(alone, want, atol=1e-3)
+    capsys.readouterr()
+    assert run("--model", tmp_path / "model", *arguments) == 2
+    assert "without the adapter in its folder 'adapter'" in capsys.readouterr().err
+
+
+def test_a_step_without_finite_gradients_leaves_both_alone(tiny, questions, tmp_path):
+    report = tuned(tmp_path, model=tiny, train=questions, adapter="lora+lomo", lr=1e38, **SMALL)
+    assert report.skipped == 2  # the first one makes the weights infinite
+    tensors = adapter_of(tmp_path / "model" / "adapter").values()
+    assert all(tensor.isfinite().all() for tensor in tensors)
+
+
 # -- refused, in one sentence ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--adapter", "dora"], "adapter must be one of lora, prefix"),
+        (["--adapter", "dora"], "adapter must be one of lora, prefix, lora+lomo"),
         (["--adapter", "lora", "--optimizer", "lomo"], "optimizer must be adamw with adapter lora"),
         (["--adapter", "lora", "--lora-rank", "0"], "lora_rank must be a whole number above 0"),
         (["--adapter", "lora", "--lora-alpha", "0"], "lora_alpha must be a number greater than 0"),
@@ -234,6 +322,10 @@ def test_a_prefix_in_16_bits(tiny, questions, tmp_path, options):
         (["--adapter", "prefix", "--prefix-tokens", "0"], "prefix_tokens must be a whole number"),
         (["--adapter", "prefix", "--prefix-tokens", "9999"], "prefix_tokens must be at most the "),
         (["--adapter", "prefix", "--checkpointing"], "checkpointing must be left out with adapter"),
+        (["--adapter", "lora+lomo", "--optimizer", "sgd"], "must be lomo or adalomo with adapter"),
+        (["--adapter", "lora+lomo", "--dtype", "float16"], "dtype must be float32 or bfloat16"),
+        (["--adapter", "lora+lomo", "--loss-scale", "2"], "loss_scale must be none with adapter"),
+        (["--adapter", "lora+lomo", "--adapter-lr", "-1"], "adapter_lr must be a number of at"),
         (["--adapter", "lora", "--offload"], "offload must be left out with an adapter"),
         (["--adapter", "lora", "--sharding", "fsdp2"], "sharding must be left out with an adapter"),
     ],

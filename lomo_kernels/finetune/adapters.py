@@ -1,8 +1,9 @@
-"""What a run trains in place of the model's weights: adapters of peft's."""
+"""What a run trains in place of the model's weights, or beside them: adapters of peft's."""
 
 import torch
 
 from ..integrations import huggingface, peft
+from . import stepping
 from .sources import DataError
 
 
@@ -25,10 +26,13 @@ def added(settings, model, examples):
         torch.manual_seed(settings.seed)
         if settings.adapter == "prefix":
             return peft.with_prefix(model, _first_tokens(settings, examples), base=settings.model)
-        return peft.with_lora(
+        together = settings.adapter == "lora+lomo"
+        model = peft.with_lora(
             model, rank=settings.lora_rank, alpha=settings.lora_alpha,
-            dropout=settings.lora_dropout, targets=settings.lora_targets, base=settings.model,
+            dropout=settings.lora_dropout, targets=settings.lora_targets,
+            base="the model in the folder above" if together else settings.model,
         )  # fmt: skip
+    return model.requires_grad_() if together else model
 
 
 def _first_tokens(settings, examples):
@@ -44,9 +48,26 @@ def _first_tokens(settings, examples):
     return ids[:size]
 
 
+def optimizers(settings, model):
+    """-> [the optimizer of the settings], and AdamW of the adapters where that has the model.
+
+    As the LOMO authors' code has it, the norm that clips the model's gradients is of these alone,
+    and the adapters' are not clipped.
+    """
+    if settings.adapter != "lora+lomo":
+        return [stepping.make(settings, model)]
+    own, beside = peft.divided(model)
+    lr, decay = settings.adapter_lr, settings.weight_decay
+    return [stepping.make(settings, own), torch.optim.AdamW(beside, lr=lr, weight_decay=decay)]
+
+
 def save(settings, folder, model, tokenizer, weights):
-    """Writes what transformers loads, or, of an adapter, `peft.PeftModel.from_pretrained`."""
+    """Writes what transformers loads, or, of an adapter, `peft.PeftModel.from_pretrained`. Of both:
+    the one, with the other in its folder "adapter"."""
     if settings.adapter is None:
         huggingface.save(folder, model, tokenizer, weights)
+    elif settings.adapter == "lora+lomo":
+        huggingface.save(folder, model.get_base_model(), tokenizer, peft.base_weights(model))
+        peft.save(folder / huggingface.ADAPTER, model)
     else:
         peft.save(folder, model, tokenizer)

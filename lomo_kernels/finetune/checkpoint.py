@@ -84,13 +84,13 @@ def _write(path, record):
     temporary.rename(path)
 
 
-def save(folder, step, ranks, model, optimizer, scheduler, progress, keep):
+def save(folder, step, ranks, model, optimizers, schedulers, progress, keep):
     """Writes checkpoint-STEP under another name, renames it, then drops all but `keep`."""
     state = {
-        "scheduler": scheduler.state_dict(),
+        "schedulers": [scheduler.state_dict() for scheduler in schedulers],
         "progress": progress,
     }
-    _save_tensors(folder, f"{_PREFIX}{step}", ranks, _tensors(model, optimizer), state)
+    _save_tensors(folder, f"{_PREFIX}{step}", ranks, _tensors(model, optimizers), state)
     ranks.first(drop, folder, keep)
 
 
@@ -148,10 +148,12 @@ def _cause_alone():
         raise next(cause for cause, _ in error.failures.values()) from error
 
 
-def _tensors(model, optimizer):
+def _tensors(model, optimizers):
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-    return {"model": _weights(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    # one by one: torch misses states where one optimizer has some and another none
+    states = {str(i): get_optimizer_state_dict(model, each) for i, each in enumerate(optimizers)}
+    return {"model": _weights(model), "optimizers": states}
 
 
 def _weights(model):
@@ -196,15 +198,17 @@ def latest(folder):
     return (_step_of(found[-1]), found[-1]) if found else None
 
 
-def restore(path, ranks, model, optimizer, scheduler):
+def restore(path, ranks, model, optimizers, schedulers):
     """Loads everything into what was made as if at the beginning. -> progress."""
     from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
-    tensors = _tensors(model, optimizer)
+    tensors = _tensors(model, optimizers)
     _load(tensors, path, ranks)
-    set_optimizer_state_dict(model, optimizer, tensors["optimizer"])
+    for optimizer, its in zip(optimizers, tensors["optimizers"].values()):
+        set_optimizer_state_dict(model, optimizer, its)
     state = torch.load(path / "state.pt", map_location="cpu")
-    scheduler.load_state_dict(state["scheduler"])
+    for scheduler, its in zip(schedulers, state["schedulers"]):
+        scheduler.load_state_dict(its)
     return state["progress"]
 
 

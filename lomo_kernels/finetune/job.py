@@ -131,11 +131,11 @@ def variants(settings, names):
     others = []
     for name in names:
         name, _, lr = name.partition("=")
-        adapter = name if name in ADAPTERS else None
-        optimizer = None if adapter else name
-        others.append(
-            replace(settings, adapter=adapter, optimizer=optimizer, lr=float(lr) if lr else None)
-        )
+        what = {"adapter": None, "optimizer": name}
+        if name in ADAPTERS:
+            keeps = name == "lora+lomo" and settings.optimizer in OURS
+            what = {"adapter": name, "optimizer": settings.optimizer if keeps else None}
+        others.append(replace(settings, **what, lr=float(lr) if lr else None))
         stepping.check(others[-1])
         adapters.check(others[-1])
     return others
@@ -148,6 +148,16 @@ def compare(settings, first, names, display=None):
     reports = [first, *(run(other, display=display) for other in variants(settings, names))]
     display.table(reports)
     return reports
+
+
+def _label(settings):
+    """What a run is called beside others."""
+    name, more = settings.adapter or settings.optimizer, ""
+    if settings.adapter == "lora+lomo":
+        name, more = f"lora+{settings.optimizer}", f", {settings.adapter_lr:g}"
+    if settings.optimizer in OURS and settings.strategy != "auto":
+        name += f" ({settings.strategy})"
+    return f"{name}, lr {settings.lr:g}{more}"
 
 
 def steps_of(settings, examples):
@@ -171,8 +181,10 @@ class Job:
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.steps, self.per_epoch = steps_of(settings, len(examples.train))
         self.held = HeldBytes(self.params)  # before the optimizer: its hooks come first
-        self.optimizer = stepping.make(settings, model)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
+        self.optimizers = adapters.optimizers(settings, model)
+        self.optimizer, *self.beside = self.optimizers
+        schedule = torch.optim.lr_scheduler.LambdaLR
+        self.schedulers = [schedule(each, self._rate) for each in self.optimizers]
         self.progress = {
             "before": None if before is None else asdict(before), "losses": [], "skipped": 0,
             "seconds": 0.0, "gradients": 0, "states": 0, "best": None,
@@ -193,7 +205,7 @@ class Job:
         if newest is not None:
             first, path = newest
             self.progress = checkpoint.restore(
-                path, self.team, self.model, self.optimizer, self.scheduler
+                path, self.team, self.model, self.optimizers, self.schedulers
             )
             self.display.say(f"going on after step {first} of {self.steps}")
         with contextlib.closing(self._log(first)) as self.log:
@@ -225,11 +237,16 @@ class Job:
         # Dropout of a step does not depend on where a run began, or goes on.
         torch.manual_seed((settings.seed * 1_000_003 + step) * team.parts + team.part)
         micro = self._batches(step)
-        rate = self.scheduler.get_last_lr()[0]
+        rate = self.schedulers[0].get_last_lr()[0]
         loss, norm, skipped = stepping.update(
             self.optimizer, self.params, self._losses(micro), settings
         )
-        self.scheduler.step()
+        for optimizer in self.beside:
+            if not skipped:
+                optimizer.step()
+            optimizer.zero_grad()
+        for scheduler in self.schedulers:
+            scheduler.step()
         tokens = sum(int(batch["attention_mask"].sum()) for batch, _ in micro)
         loss, tokens = team.sum(loss, tokens)
         loss /= team.parts
@@ -239,7 +256,7 @@ class Job:
         progress["seconds"] += seconds
         waiting = getattr(self.optimizer, "last_waiting_bytes", 0)
         progress["gradients"] = max(progress["gradients"], self.held.peak, waiting)
-        progress["states"] = max(progress["states"], state_bytes(self.optimizer))
+        progress["states"] = max(progress["states"], sum(map(state_bytes, self.optimizers)))
         speed = tokens / seconds
         scale = self.optimizer.loss_scale if settings.optimizer in OURS else None
         show(step + 1, loss, norm, speed, scale, progress["skipped"])
@@ -329,18 +346,15 @@ class Job:
 
     def _save(self, step):
         checkpoint.save(
-            self.folder, step, self.team, self.model, self.optimizer, self.scheduler,
+            self.folder, step, self.team, self.model, self.optimizers, self.schedulers,
             self.progress, max(1, self.output.keep),
         )  # fmt: skip
 
     def _report(self, after, best_step):
         progress = self.progress
         last = progress["losses"][-max(1, len(progress["losses"]) // 10) :]
-        name = self.settings.adapter or self.settings.optimizer
-        if name in OURS and self.settings.strategy != "auto":
-            name += f" ({self.settings.strategy})"
         return Report(
-            optimizer=f"{name}, lr {self.settings.lr:g}",
+            optimizer=_label(self.settings),
             before=Score(**progress["before"]),
             after=after,
             loss=sum(last) / len(last),

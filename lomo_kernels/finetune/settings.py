@@ -22,7 +22,8 @@ OPTIMIZERS = {  # default learning rates
     "sgd": 0.1,
     "adamw": 1e-4,
 }
-ADAPTERS = {"lora": 2e-3, "prefix": 1e-2}  # default learning rates of AdamW on them
+ADAPTER_LRS = {"lora": 2e-3, "prefix": 1e-2}  # by default, of AdamW on them
+ADAPTERS = (*ADAPTER_LRS, "lora+lomo")
 DEFAULT_STEPS = 32  # on the default data: about five minutes on two CPU cores
 SCHEDULES = ("linear", "cosine", "constant")
 SHARDINGS = ("none", "fsdp2")
@@ -30,7 +31,7 @@ PLACEMENT = ("sharding", "offload", "tensor_parallel")  # how processes share on
 DTYPES = ("float32", "bfloat16", "float16")
 TRUNCATIONS = ("prompt-left", "skip", "error")
 
-_LRS = ", ".join(f"{lr:g} for {name}" for name, lr in {**OPTIMIZERS, **ADAPTERS}.items())
+_LRS = ", ".join(f"{lr:g} for {name}" for name, lr in {**OPTIMIZERS, **ADAPTER_LRS}.items())
 _WE = " and ".join(OURS)
 
 
@@ -70,7 +71,14 @@ class Settings:
         "leaves them out, error refuses them",
     )
     adapter: str | None = _option(
-        None, f"what is trained in place of the weights, by adamw: {', '.join(ADAPTERS)}"
+        None,
+        "of peft's: lora or prefix, trained by adamw in place of the weights, or lora+lomo, beside "
+        "them",
+    )
+    adapter_lr: float | None = _option(
+        None,
+        "largest learning rate of the adapters of lora+lomo, --lr being that of the weights; by "
+        f"default {ADAPTER_LRS['lora']:g}",
     )
     lora_rank: int = _option(8, "rank of LoRA's matrices")
     lora_alpha: float = _option(16.0, "LoRA's product is multiplied by this over the rank")
@@ -82,7 +90,7 @@ class Settings:
         20, "of a prefix, which begins with the first tokens of the examples"
     )
     optimizer: str | None = _option(
-        None, f"{', '.join(OPTIMIZERS)}; by default lomo, and adamw of an adapter"
+        None, f"{', '.join(OPTIMIZERS)}; by default lomo, and adamw of lora and prefix"
     )
     lr: float | None = _option(None, f"largest learning rate; by default {_LRS}")
     schedule: str = _option("linear", ", ".join(SCHEDULES))
@@ -140,13 +148,15 @@ class Settings:
         if self.clip_grad_norm == 0:
             object.__setattr__(self, "clip_grad_norm", None)
         if self.optimizer is None:
-            object.__setattr__(self, "optimizer", "lomo" if self.adapter is None else "adamw")
+            alone = self.adapter in ADAPTER_LRS
+            object.__setattr__(self, "optimizer", "adamw" if alone else "lomo")
         self._one_of("optimizer", tuple(OPTIMIZERS))
         self._one_of("schedule", SCHEDULES)
         self._one_of("dtype", DTYPES)
         self._one_of("score", RULES)
         self._one_of("truncate", TRUNCATIONS)
-        self._check("lr", lambda lr: lr is None or 0 <= lr < math.inf, "a number of at least 0")
+        for name in ("lr", "adapter_lr"):
+            self._check(name, lambda lr: lr is None or 0 <= lr < math.inf, "a number of at least 0")
         self._check("warmup", lambda part: 0 <= part <= 1, "a fraction of the steps, 0 to 1")
         self._check("epochs", lambda n: n is None or 0 < n < math.inf, "a number greater than 0")
         for name in (
@@ -171,8 +181,10 @@ class Settings:
             reason = str(error).split("\n")[0]
             raise ValueError(f"device {self.device!r} cannot be used: {reason}") from error
         if self.lr is None:
-            lrs = OPTIMIZERS if self.adapter is None else ADAPTERS
-            object.__setattr__(self, "lr", lrs[self.adapter or self.optimizer])
+            default = ADAPTER_LRS.get(self.adapter, OPTIMIZERS[self.optimizer])
+            object.__setattr__(self, "lr", default)
+        if self.adapter_lr is None and self.adapter == "lora+lomo":
+            object.__setattr__(self, "adapter_lr", ADAPTER_LRS["lora"])
         if self.eval_size is None:
             object.__setattr__(self, "eval_size", 1000 if self.task else 64)
         if self.train_size is None and self.task:
@@ -191,7 +203,13 @@ class Settings:
         if self.adapter is None:
             return
         self._one_of("adapter", ADAPTERS)
-        self._check("optimizer", lambda name: name == "adamw", f"adamw with adapter {self.adapter}")
+        able = ("adamw",) if self.adapter in ADAPTER_LRS else tuple(OURS)
+        wanted = f"{' or '.join(able)} with adapter {self.adapter}"
+        self._check("optimizer", lambda name: name in able, wanted)
+        if self.adapter == "lora+lomo":
+            whose = "with adapter lora+lomo, as adamw has no loss scale"
+            self._check("dtype", lambda name: name != "float16", f"float32 or bfloat16 {whose}")
+            self._check("loss_scale", lambda scale: scale in (None, "auto"), f"none {whose}")
         if self.adapter == "prefix":
             wanted = "left out with adapter prefix, whose keys and values peft adds in one forward"
             self._check("checkpointing", lambda on: not on, wanted)

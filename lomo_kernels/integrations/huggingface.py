@@ -14,6 +14,7 @@ import torch
 from .sharding import shard
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
+ADAPTER = "adapter"  # in a model's folder: what was trained beside it
 _DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -214,6 +215,11 @@ def _source(name):
         raise ModelError(
             f"cannot load the model {name!r}: it is the folder of an adapter, which goes beside a "
             "model by peft's PeftModel.from_pretrained"
+        )
+    if (path / ADAPTER / "adapter_config.json").exists():
+        raise ModelError(
+            f"cannot load the model {name!r} without the adapter in its folder {ADAPTER!r}: merge "
+            "the two by peft's merge_and_unload, or move the adapter away"
         )
     return str(name), {}
 

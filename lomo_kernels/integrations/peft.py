@@ -101,6 +101,24 @@ def _keys_and_values(model, ids):
     return torch.cat([tensor[0].transpose(0, 1).flatten(1) for tensor in each], 1)
 
 
+def divided(model):
+    """-> (parameters of the model itself, those of its LoRA)."""
+    own, beside = [], []
+    for name, param in model.named_parameters():
+        (beside if "lora_" in name else own).append(param)
+    return own, beside
+
+
+def base_weights(model):
+    """Those of the model itself under a LoRA, by the names that they have without it; tied ones
+    once."""
+    base = model.get_base_model()
+    saved = base.state_dict().keys()
+    tensors = {name: tensor for name, tensor in base.named_buffers() if name in saved}
+    tensors |= {name: p.detach() for name, p in base.named_parameters() if "lora_" not in name}
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in tensors.items()}
+
+
 def context(model, rows):
     """What a model has before the tokens of a batch: (the model to call, a cache or None, how many
     tokens are in it). peft's own forward begins with its prefix again whenever it is called."""
