@@ -9,7 +9,6 @@ ends: the same command goes on where it was stopped. `python -m bench.readme` dr
 """
 
 import argparse
-import hashlib
 import importlib.util
 import json
 import os
@@ -19,21 +18,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
-from lomo_kernels.finetune import OPTIMIZERS, Display, Settings, superglue, wordnet
+from lomo_kernels.finetune import Display, Settings
 from lomo_kernels.finetune.sources import DataError
 
-from . import paired, record
+from . import record, study_runs
+from .study_runs import LENGTH, METHODS, TASKS, UNTRAINED, Run, planned, rates, without_peft
 
 ROOT = Path(__file__).parent.parent
-TASKS = ("wordnet", *superglue.TASKS)
-TRAIN = 1000  # questions to train on, as in the LOMO paper
-LENGTH = 512  # tokens of a question at most
 KEY = ("task", "model", "dtype", "method", "lr", "seed", "part", "steps", "batch_size", "data")
 FIELDS = (
     *KEY, "count", "right", "items", "loss", "step_cpu_seconds", "cpu_seconds", "seconds",
@@ -41,134 +36,7 @@ FIELDS = (
 )  # fmt: skip
 
 
-class Method(NamedTuple):
-    """`lr` is the middle of the rates that are tried."""
-
-    settings: dict
-    lr: float
-
-
-METHODS = {
-    **{
-        name: Method({"optimizer": name}, OPTIMIZERS[name]) for name in ("lomo", "adalomo", "adamw")
-    },
-    "lora": Method({"adapter": "lora"}, 2e-3),
-    "lora+lomo": Method({"adapter": "lora+lomo"}, 0.1),
-    "prefix": Method({"adapter": "prefix"}, 1e-2),
-}
-UNTRAINED = ("majority", "zero-shot")
-
-
-class Run(NamedTuple):
-    task: str
-    method: str
-    part: str  # "validation" or "test"
-    lr: float | None = None  # None with a seed: the one that was best on the validation part
-    seed: int | None = None
-
-    def __str__(self):
-        lr = "the best rate" if self.lr is None else f"lr {self.lr:g}"
-        how = "" if self.seed is None else f", {lr}, seed {self.seed}"
-        return f"{self.task}, {self.method}{how}, {self.part} part"
-
-
-class Data(NamedTuple):
-    """The questions of a task, as rows of --train."""
-
-    train: list
-    validation: list
-    test: list
-
-    def digest(self, part):
-        text = json.dumps([self.train, getattr(self, part)])
-        return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-# -- what is run -----------------------------------------------------------------------------------
-
-
-def rates(middle, count):
-    """Learning rates half a power of ten apart, with one digit: 0.03, 0.1, 0.3."""
-    first = -((count - 1) // 2)
-    return [float(f"{middle * 10 ** (k / 2):.0e}") for k in range(first, first + count)]
-
-
-def planned(task, methods, count, seeds):
-    """The Runs of a task, so that what is finished at any moment says the most."""
-    for name in UNTRAINED:
-        yield from (Run(task, name, part) for part in ("validation", "test"))
-    for name in methods:
-        yield from (Run(task, name, "validation", lr, 0) for lr in rates(METHODS[name].lr, count))
-    for seed in range(1, seeds + 1):
-        yield from (Run(task, name, "test", None, seed) for name in methods)
-
-
-def available(names):
-    """-> (the methods that can be run here, why each of the others cannot)."""
-    can, cannot = [], {}
-    for name in names:
-        try:
-            Settings(**METHODS[name].settings)
-        except (TypeError, ValueError):
-            cannot[name] = "this version of lomo_kernels does not have it"
-            continue
-        if "adapter" in METHODS[name].settings and importlib.util.find_spec("peft") is None:
-            cannot[name] = "peft is not installed"
-        else:
-            can.append(name)
-    return can, cannot
-
-
-def read(task, options):
-    """The Data of a task. The rates are chosen on a part that was to be trained on; the test part
-    is SuperGLUE's validation part, as in the LOMO paper, and the same for every seed.
-
-    Raises:
-        DataError: there is none.
-    """
-    if task == "wordnet":
-        path = Path(options.wordnet) / "data.noun"
-        if not path.is_file():
-            raise DataError(f"there is no file {path}: apt-get install wordnet-base")
-        apart = options.validation_size + options.test_size
-        try:
-            train, held_out = wordnet.questions(path, TRAIN, apart, seed=0)
-        except ValueError as error:
-            raise DataError(str(error)) from error
-        return Data(train, held_out[: options.validation_size], held_out[options.validation_size :])
-    if options.data is None:
-        raise DataError("--data names no folder with it")
-    train, test = superglue.read(task, options.data)
-    if test is None:
-        raise DataError(f"{options.data} has no validation part of it")
-    validation = superglue.sampled(train, min(options.validation_size, len(train) // 4), 0)
-    apart = set(validation)  # a question that is there twice is not trained on either
-    train = [question for question in train if question not in apart]
-    train, test = (
-        superglue.sampled(part, size, 0)
-        for part, size in ((train, TRAIN), (test, options.test_size))
-    )
-    return Data(*([_row(question) for question in part] for part in (train, validation, test)))
-
-
-def _row(question):
-    return {"prompt": question.prompt, "completion": question.completion,
-            "choices": list(question.choices)}  # fmt: skip
-
-
 # -- one run ---------------------------------------------------------------------------------------
-
-
-def majority(data, part):
-    """The columns of the answer that is most frequent in training: the same text, or the same place
-    among the choices."""
-
-    def label(row):
-        return row["choices"].index(row["completion"]) if "choices" in row else row["completion"]
-
-    ((most, _),) = Counter(map(label, data.train)).most_common(1)
-    items = "".join(str(int(label(row) == most)) for row in getattr(data, part))
-    return {"count": len(items), "right": items.count("1"), "items": paired.packed(items)}
 
 
 def started(job, threads):
@@ -207,7 +75,7 @@ class Study:
 
     def read(self, task):
         """Reads the questions of a task, and writes them where the runs find them."""
-        data = self.data[task] = read(task, self.options)
+        data = self.data[task] = study_runs.read(task, self.options)
         for part, rows in data._asdict().items():
             path = self.folder / f"{task}-{part}.jsonl"
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -236,7 +104,7 @@ class Study:
             return run
         tried = [
             run._replace(lr=lr, seed=0, part="validation")
-            for lr in rates(METHODS[run.method].lr, self.options.rates)
+            for lr in rates(run.method, self.options.rates)
         ]
         if any(_key(self.place(each)) not in self.rows for each in tried):
             return None
@@ -249,10 +117,10 @@ class Study:
         """Runs it and writes its row, which comes back."""
         data, options = self.data[run.task], self.options
         if run.method == "majority":
-            found = majority(data, run.part)
+            found = study_runs.majority(data, run.part)
         else:
             trains, before = run.method in METHODS, None
-            more = METHODS[run.method].settings | {"lr": run.lr, "seed": run.seed} if trains else {}
+            more = METHODS[run.method] | {"lr": run.lr, "seed": run.seed} if trains else {}
             if (known := self.row(Run(run.task, "zero-shot", run.part))) is not None:
                 right, count = int(known["right"]), int(known["count"])
                 before = {"name": "accuracy", "value": right / count, "count": count}
@@ -344,10 +212,10 @@ def _named(text, known, option):
 def main(arguments=None):
     options = parser().parse_args(arguments)
     tasks = _named(options.task, TASKS, "--task")
-    methods, cannot = available(_named(options.methods, METHODS, "--methods"))
-    display = Display()
-    for name, reason in cannot.items():
-        display.say(f"{name} is left out: {reason}")
+    methods, display = _named(options.methods, METHODS, "--methods"), Display()
+    if importlib.util.find_spec("peft") is None and methods != (able := without_peft(methods)):
+        display.say("methods with adapters are left out: pip install 'lomo_kernels[adapters]'")
+        methods = able
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and the run in progress ends
     with tempfile.TemporaryDirectory(prefix="lomo-kernels-") as folder:
         study, runs = Study(options, Path(folder), display), []

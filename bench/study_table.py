@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from . import paired, record
-from .study import METHODS, TASKS, UNTRAINED
+from .study_runs import METHODS, TASKS, UNTRAINED
 
 BESIDE = "lomo"  # the method that the others' differences are to
 

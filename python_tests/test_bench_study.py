@@ -16,7 +16,7 @@ import torch
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("rich", reason="rich is not installed")
 
-from bench import paired, readme, record, study, study_table  # noqa: E402
+from bench import paired, readme, record, study, study_runs, study_table  # noqa: E402
 from lomo_kernels import finetune  # noqa: E402
 from lomo_kernels.finetune import job, wordnet  # noqa: E402
 
@@ -30,7 +30,7 @@ VALIDATION, TEST = 24, 40
 def nouns(tmp_path_factory):
     """A folder with as many definitions as the study takes of WordNet, in its format."""
     folder = tmp_path_factory.mktemp("wordnet")
-    each = (study.TRAIN + VALIDATION + TEST) // len(wordnet.CATEGORIES)
+    each = (study_runs.TRAIN + VALIDATION + TEST) // len(wordnet.CATEGORIES)
     lines = [
         f"{i:08d} {file} n 01 word 0 001 @ 00001930 n 0000 | a {category} of kind {i}  \n"
         for file, category in wordnet.CATEGORIES.items()
@@ -150,11 +150,11 @@ def test_pairs_share_what_may_be_wrong():
 
 
 def test_every_method_tries_as_many_rates():
-    for method in study.METHODS.values():
-        assert method.lr in study.rates(method.lr, 3)
-        assert len(set(study.rates(method.lr, 4))) == 4
-    assert study.rates(0.1, 3) == [0.03, 0.1, 0.3]
-    assert study.rates(1e-4, 1) == [1e-4]
+    for name in study.METHODS:
+        assert len(set(study.rates(name, 4))) == 4
+    assert study.rates("lomo", 3) == [0.03, 0.1, 0.3]
+    assert study.rates("adamw", 1) == [1e-4]
+    assert study.rates("lora", 2) == [2e-3, 6e-3]
 
 
 def test_the_rates_are_chosen_on_the_validation_part(arguments, monkeypatch):
@@ -164,12 +164,12 @@ def test_the_rates_are_chosen_on_the_validation_part(arguments, monkeypatch):
         part = Path(settings["held_out"]).stem
         if settings.get("lr") is None or settings["optimizer"] == "adamw":
             return 7
-        best = settings["lr"] == max(study.rates(study.METHODS["lomo"].lr, 2))
+        best = settings["lr"] == max(study.rates("lomo", 2))
         return 9 if best == part.endswith("validation") else 3
 
     told = Processes(monkeypatch, right)
     assert study.main(arguments) == 0
-    lomo, adamw = (study.rates(study.METHODS[name].lr, 2) for name in ("lomo", "adamw"))
+    lomo, adamw = (study.rates(name, 2) for name in ("lomo", "adamw"))
     assert told.runs == [
         (None, None, None, "validation"), (None, None, None, "test"),
         *(("lomo", lr, 0, "validation") for lr in lomo),
@@ -191,10 +191,12 @@ def test_the_rates_are_chosen_on_the_validation_part(arguments, monkeypatch):
 
 def test_parts_have_no_question_in_common(nouns, arguments):
     options = study.parser().parse_args(arguments)
-    parts = study.read("wordnet", options)
-    assert [len(part) for part in parts] == [study.TRAIN, VALIDATION, TEST]
+    parts = study_runs.read("wordnet", options)
+    assert [len(part) for part in parts] == [study_runs.TRAIN, VALIDATION, TEST]
     prompts = [{row["prompt"] for row in part} for part in parts]
-    assert len(set.union(*prompts)) == sum(map(len, prompts)) == study.TRAIN + VALIDATION + TEST
+    assert (
+        len(set.union(*prompts)) == sum(map(len, prompts)) == study_runs.TRAIN + VALIDATION + TEST
+    )
 
 
 def test_superglue_is_divided(tmp_path):
@@ -212,26 +214,24 @@ def test_superglue_is_divided(tmp_path):
     write("val.jsonl", range(100, 112))
     options = study.parser().parse_args(["--data", str(tmp_path), "--validation-size", "10",
                                          "--test-size", "9"])  # fmt: skip
-    data = study.read("copa", options)
+    data = study_runs.read("copa", options)
     train, validation, test = ({row["prompt"] for row in part} for part in data)
     assert not train & validation
     assert train | validation == {f"P{i}. because" for i in range(40)}
     assert (len(data.validation), len(data.test)) == (10, 9)
     assert test <= {f"P{i}. because" for i in range(100, 112)}
-    found = study.majority(data, "test")  # the first choice, whatever its text
+    found = study_runs.majority(data, "test")  # the first choice, whatever its text
     assert found["right"] == sum(row["completion"] != " b" for row in data.test)
     assert found["count"] == 9
 
 
 def test_what_is_not_there_is_left_out(arguments, monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(study.METHODS, "adamw", study.Method({"optimizer": "no such"}, 1.0))
     monkeypatch.setattr(study.importlib.util, "find_spec", lambda name: None)
     told = Processes(monkeypatch)
-    assert study.main([*arguments, "--task", "all", "--methods", "adamw,lora,lomo"]) == 0
+    assert study.main([*arguments, "--task", "all", "--methods", "lora,lomo"]) == 0
     assert {name for name, *_ in told.runs} == {None, "lomo"}
     said = capsys.readouterr().out
-    assert "adamw is left out: this version of lomo_kernels does not have it" in said
-    assert "lora is left out: peft is not installed" in said
+    assert "methods with adapters are left out: pip install 'lomo_kernels[adapters]'" in said
     assert "copa is left out: --data names no folder with it" in said
     study.main([*arguments, "--wordnet", str(tmp_path), "--dry-run"])
     assert "apt-get install wordnet-base" in capsys.readouterr().out
@@ -324,13 +324,13 @@ def test_the_study_on_a_tiny_model(arguments, tmp_path, tiny):
     assert int(last["peak_bytes"]) > int(last["gradient_bytes"]) > 0 == int(last["state_bytes"])
 
     options = study.parser().parse_args([*arguments, *given])
-    data = study.read("wordnet", options)
+    data = study_runs.read("wordnet", options)
     for name in ("train", "test"):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, getattr(data, name))))
     settings = finetune.Settings(
         model=tiny, train=str(tmp_path / "train.jsonl"), held_out=str(tmp_path / "test.jsonl"),
-        eval_size=TEST, length=study.LENGTH, steps=2, batch_size=4, lr=0.1, seed=1, autocast=True,
-        checkpointing=True,
+        eval_size=TEST, length=study_runs.LENGTH, steps=2, batch_size=4, lr=0.1, seed=1,
+        autocast=True, checkpointing=True,
     )  # fmt: skip
     report = finetune.run(settings)
     for row, score in ((zero, report.before), (last, report.after)):
