@@ -65,7 +65,7 @@ class Study:
 
     def __init__(self, options, folder, display):
         self.options, self.folder, self.display = options, folder, display
-        self.data = {}
+        self.data, self.digests, self.letters = {}, {}, {}
         name = Path(options.model).name if Path(options.model).is_dir() else options.model
         on_gpu = options.device != "cpu" and not options.autocast
         self.dtype = "bfloat16" if on_gpu else "float32"
@@ -79,6 +79,8 @@ class Study:
         for part, rows in data._asdict().items():
             path = self.folder / f"{task}-{part}.jsonl"
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            self.digests[task, part] = data.digest(part)
+            self.letters[task, part] = sum(len(row["prompt"]) for row in rows)
 
     def place(self, run):
         """The columns by which the row of a run is found."""
@@ -89,7 +91,7 @@ class Study:
             "seed": "" if run.seed is None else run.seed,
             "part": run.part,
             "steps": 0 if run.method in UNTRAINED else self.options.steps,
-            "data": self.data[run.task].digest(run.part),
+            "data": self.digests[run.task, run.part],
         }
 
     def row(self, run):
@@ -144,16 +146,11 @@ class Study:
     def work(self, run):
         """What a run costs, but for a factor: letters that pass through the model, thrice in
         training."""
-        data = self.data[run.task]
-        letters = {
-            part: sum(len(row["prompt"]) for row in rows) for part, rows in data._asdict().items()
-        }
-        if run.method == "majority":
-            return 0
-        if run.method == "zero-shot":
-            return letters[run.part]
-        trained = self.options.steps * self.options.batch_size / len(data.train)
-        return letters[run.part] + 3 * trained * letters["train"]
+        scored = self.letters[run.task, run.part]
+        if run.method in UNTRAINED:
+            return scored if run.method == "zero-shot" else 0
+        passes = self.options.steps * self.options.batch_size / len(self.data[run.task].train)
+        return scored + 3 * passes * self.letters[run.task, "train"]
 
     def seconds(self, run, runs):
         """What a run is expected to take, by those that are finished; None before the first."""
