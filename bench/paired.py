@@ -16,10 +16,14 @@ def packed(items):
     return "".join(f"{int(items[i : i + 4].ljust(4, '0'), 2):x}" for i in range(0, len(items), 4))
 
 
+def bits(digits, count):
+    """The text of which `packed` made these digits, `count` long."""
+    return "".join(f"{int(digit, 16):04b}" for digit in digits)[:count]
+
+
 def unpacked(digits, count):
-    """The first `count` values that `packed` kept, as a float64 tensor."""
-    bits = "".join(f"{int(digit, 16):04b}" for digit in digits)[:count]
-    return torch.tensor([int(bit) for bit in bits], dtype=torch.float64)
+    """The same as a float64 tensor."""
+    return torch.tensor([int(bit) for bit in bits(digits, count)], dtype=torch.float64)
 
 
 def interval(values, level=0.95):

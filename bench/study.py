@@ -25,14 +25,15 @@ import torch
 from lomo_kernels.finetune import Display, Settings
 from lomo_kernels.finetune.sources import DataError
 
-from . import record, study_runs
+from . import paired, record, study_runs
+from .study_job import MEMORY
 from .study_runs import LENGTH, METHODS, TASKS, UNTRAINED, Run, planned, rates, without_peft
 
 ROOT = Path(__file__).parent.parent
 KEY = ("task", "model", "dtype", "method", "lr", "seed", "part", "steps", "batch_size", "data")
 FIELDS = (
     *KEY, "count", "right", "items", "loss", "step_cpu_seconds", "cpu_seconds", "seconds",
-    "gradient_bytes", "state_bytes", "peak_bytes", "error", "date", "device", "versions", "commit",
+    *MEMORY, "peak_bytes", "error", "date", "device", "versions", "commit",
 )  # fmt: skip
 
 
@@ -124,8 +125,7 @@ class Study:
             trains, before = run.method in METHODS, None
             more = METHODS[run.method] | {"lr": run.lr, "seed": run.seed} if trains else {}
             if (known := self.row(Run(run.task, "zero-shot", run.part))) is not None:
-                right, count = int(known["right"]), int(known["count"])
-                before = {"name": "accuracy", "value": right / count, "count": count}
+                before = paired.bits(known["items"], int(known["count"]))
             settings = {
                 "model": options.model, "device": options.device, "dtype": self.dtype,
                 "autocast": options.autocast, "checkpointing": options.checkpointing,

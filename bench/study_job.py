@@ -9,13 +9,17 @@ import json
 import resource
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
-from lomo_kernels.finetune import Display, Settings, job
+from lomo_kernels.finetune import Display, Report, Settings, job
 from lomo_kernels.finetune.display import peak_memory
-from lomo_kernels.finetune.scoring import Score
+from lomo_kernels.finetune.scoring import accuracy
 
 from . import paired, record
+
+# What a run reports of its memory, by kind.
+MEMORY = [each.name for each in fields(Report) if each.name.endswith("_bytes")]
 
 
 class Clock(Display):
@@ -36,17 +40,16 @@ def found_by(settings, trains, before):
 
     Args:
         trains: else the model is scored as it is.
-        before: that score as a dict, None where it is not known.
+        before: the items of that score, None where they are not known.
     """
     if not trains:
         return scored(job.evaluate(settings))
     clock = Clock()
-    report = job.run(settings, display=clock, before=None if before is None else Score(**before))
+    report = job.run(settings, display=clock, before=before and accuracy(before))
     return scored(report.after) | {
         "loss": f"{report.loss:.4f}",
         "step_cpu_seconds": f"{clock.cpu_seconds / report.steps:.3f}",
-        "gradient_bytes": report.gradient_bytes,
-        "state_bytes": report.state_bytes,
+        **{name: getattr(report, name) for name in MEMORY},
     }
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from . import paired, record
+from .study_job import MEMORY
 from .study_runs import METHODS, TASKS, UNTRAINED
 
 BESIDE = "lomo"  # the method that the others' differences are to
@@ -61,7 +62,8 @@ def section(group, rows, untrained):
     body = [_fixed(row) for name in UNTRAINED for row in untrained if row["method"] == name]
     body += [_cells(name, values, rows) for name in values]
     head = ["method", "learning rate", "validation", "test", "lowest to highest seed", "95 %",
-            f"beside {BESIDE}, 95 %", "CPU s a step", "gradients, GiB", "states, GiB"]  # fmt: skip
+            f"beside {BESIDE}, 95 %", "CPU s a step",
+            *(f"{_kind(name)}, GiB" for name in MEMORY)]  # fmt: skip
     seeds, items = next(iter(values.values())).shape
     title = (
         f"**{group.task}**: {group.model}, {group.dtype}, {group.steps} steps of "
@@ -74,7 +76,7 @@ def _fixed(row):
     right, count = int(row["right"]), int(row["count"])
     low, high = paired.interval(paired.unpacked(row["items"], count)[None])
     return [row["method"], "", "", f"{right / count:.3f}", "", f"{low:.3f} to {high:.3f}",
-            *[""] * 4]  # fmt: skip
+            *[""] * (2 + len(MEMORY))]  # fmt: skip
 
 
 def _cells(name, values, rows):
@@ -93,7 +95,6 @@ def _cells(name, values, rows):
     lr = float(tests[0]["lr"])
     chosen = tried[lr]
     seconds = sum(float(row["step_cpu_seconds"]) for row in tests) / len(tests)
-    most = (max(int(row[f"{kind}_bytes"]) for row in tests) for kind in ("gradient", "state"))
     return [
         name,
         f"{lr:g} of {', '.join(f'{each:g}' for each in sorted(tried))}",
@@ -103,8 +104,18 @@ def _cells(name, values, rows):
         f"{low:.3f} to {high:.3f}",
         difference,
         f"{seconds:.1f}",
-        *(f"{size / 2**30:.3f}" for size in most),
+        *(_most(rows, name) for name in MEMORY),
     ]
+
+
+def _kind(name):
+    return f"{name.removesuffix('_bytes')}s"
+
+
+def _most(rows, name):
+    """GiB of the run with most; rows of versions that did not measure it have none."""
+    sizes = [int(row[name]) for row in rows if row.get(name)]
+    return f"{max(sizes) / 2**30:.3f}" if sizes else ""
 
 
 def _said(values):

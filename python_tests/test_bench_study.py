@@ -93,6 +93,7 @@ def test_items_are_packed_as_hexadecimal_digits(count):
     digits = paired.packed(items)
     assert len(digits) == math.ceil(count / 4)
     assert int(digits, 16) == int(items, 2) << -count % 4
+    assert paired.bits(digits, count) == items
     assert paired.unpacked(digits, count).tolist() == [int(item) for item in items]
 
 
@@ -183,7 +184,7 @@ def test_the_rates_are_chosen_on_the_validation_part(arguments, monkeypatch):
     ]  # fmt: skip
     for job_ in told.jobs[2:]:
         assert job_["trains"]
-        assert job_["before"]["value"] == 7 / job_["before"]["count"]
+        assert job_["before"] == "1" * 7 + "0" * (job_["settings"]["eval_size"] - 7)
         assert job_["settings"]["steps"] == 2
         assert job_["settings"]["batch_size"] == 4
     assert len({row["commit"] for row in rows} | {row["device"] for row in rows}) == 2

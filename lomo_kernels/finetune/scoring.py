@@ -55,7 +55,13 @@ def score(model, examples, *, measures, rule, batch_size, pad, team, progress):
         model.train(training)
     items = "".join(str(int(c == e.right)) for c, e in zip(chosen, examples))
     more = {name: MEASURES[name](examples, chosen) for name in measures[1:]}
-    return Score("accuracy", items.count("1") / len(items), len(items), more, items)
+    return accuracy(items, more)
+
+
+def accuracy(items, more=()):
+    """The Score of questions of which those with a "1" are answered right."""
+    count = len(items)
+    return Score("accuracy", items.count("1") / count, count, dict(more), items)
 
 
 def _perplexity(model, examples, batch_size, pad, team, progress):
