@@ -1,4 +1,5 @@
-"""The paper's Table 1 again, and which model fits which card, as rows: lomo_kernels.memory's plans.
+"""The paper's Table 1 again, which model fits which card, and adapters beside full tuning, as rows:
+lomo_kernels.memory's plans.
 
     python -m bench.memory
 
@@ -57,12 +58,27 @@ class Card(NamedTuple):
 CARDS = (Card(1, 24), Card(1, 48), Card(1, 80), Card(1, 141), Card(8, 24), Card(1, 24, "cpu"))
 
 
+ADAPTED = ("llama-7b", "llama-13b", "llama-65b")
+TWICE = {"strategy": "two_backward"}
+WAYS = {  # what is trained, by what, checkpointing -> options of `plan`
+    ("LoRA", "adamw", "yes"): {"adapter": "lora"},
+    ("LoRA", "adamw", "no"): {"adapter": "lora", "checkpointing": None},
+    ("prefix", "adamw", "no"): {"adapter": "prefix", "checkpointing": None},
+    ("everything", "lomo, two backwards", "yes"): TWICE,
+    ("everything and LoRA", "lomo, two backwards, and adamw", "yes"): {
+        "adapter": "lora+lomo",
+        **TWICE,
+    },
+    ("everything", "adamw, states in bf16", "yes"): {"optimizer": "adamw"},
+}
+
+
 def _reference(name, model, options):
     """In place of `optimizers.make`: the implementation that the paper's authors published."""
     import lomo_optim  # whose rows need it; its tables do not
 
     optimizer = lomo_optim.Lomo(model, lr=1e-3)
-    return optimizer, lambda loss: optimizer.fused_backward(loss, 1e-3)
+    return [optimizer], lambda loss: optimizer.fused_backward(loss, 1e-3)
 
 
 def step(options, checkpointing, attention):
@@ -110,6 +126,16 @@ def card_row(model, card):
         "least_peak_bytes": longest.peak,
         "longest_sequence": longest.largest_sequence,
         "least_host_bytes": longest.host_peak or 0,
+    }
+
+
+def adapter_row(model, way):
+    found = memory.plan(model, **STEP | WAYS[way])
+    return {
+        "model": model,
+        **dict(zip(("trained", "by", "checkpointing"), way)),
+        **{f"{c}_bytes": found.maxima[c] for c in memory.CATEGORIES},
+        "peak_bytes": found.peak,
     }
 
 
@@ -166,6 +192,21 @@ def card_of(row):
     return row["model"], Card(int(row["devices"]), gib, offload)
 
 
+def adapters():
+    from .readme import _source, _table
+
+    rows = record.read("adapters")
+    keys = [*(f"{c}_bytes" for c in memory.CATEGORIES), "peak_bytes"]
+    body = [[*way_of(row), *(f"{int(row[key]) / GIB:.2f}" for key in keys)] for row in rows]
+    head = ["model", "trained", "by", "checkpointing", *memory.CATEGORIES, "peak"]
+    return _table(head, body) + _source(rows, "adapters")
+
+
+def way_of(row):
+    """The model, and the way to train it."""
+    return row["model"], row["trained"], row["by"], row["checkpointing"]
+
+
 def _cell(row):
     longest = f"to {int(row['longest_sequence']):,} tokens"
     margin, most = (
@@ -189,6 +230,8 @@ def main():
     print(record.write("table1", list(table1_rows())))
     wanted = [(model, card) for model in MODELS for card in CARDS]
     print(record.write("cards", [card_row(*each) for each in track(wanted, "cards")]))
+    wanted = [(model, way) for model in ADAPTED for way in WAYS]
+    print(record.write("adapters", [adapter_row(*each) for each in track(wanted, "adapters")]))
 
 
 if __name__ == "__main__":

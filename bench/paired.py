@@ -6,6 +6,8 @@ items with the same seeds are compared through their differences, so that what m
 for both does not widen the interval.
 """
 
+import functools
+
 import torch
 
 RESAMPLES = 10_000
@@ -32,11 +34,16 @@ def interval(values, level=0.95):
     Args:
         values: [seeds, items], of a method, or the difference of two.
     """
-    generator = torch.Generator().manual_seed(0)
     seeds, items = values.shape
-    drawn = torch.randint(seeds, (RESAMPLES, seeds), generator=generator)
-    weights = torch.nn.functional.one_hot(drawn, seeds).double().mean(1)
-    picks = torch.randint(items, (RESAMPLES, items), generator=generator)
-    means = (weights @ values.double()).gather(1, picks).mean(1)
+    means = (_drawn(seeds, 0) * (_drawn(items, 1) @ values.double().T)).sum(1)
     edges = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     return tuple(torch.quantile(means, edges).tolist())
+
+
+@functools.lru_cache(maxsize=4)
+def _drawn(count, seed):
+    """[resamples, count]: the weight of each of so many in a mean; the same for every method."""
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(count, (RESAMPLES, count), generator=generator)
+    ones = torch.full((RESAMPLES, count), 1 / count, dtype=torch.float64)
+    return torch.zeros_like(ones).scatter_add(1, picks, ones)

@@ -129,8 +129,6 @@ def _said(values):
 
 def table():
     """All groups, then what has no rows."""
-    from .readme import _source
-
     rows = [row for row in record.read("study") if not row["error"]]
     groups = {}
     for row in rows:
@@ -153,4 +151,16 @@ def table():
             parts.append(f"- Not run: {', '.join(missing)}.\n")
     missing = [task for task in TASKS if task not in shown]
     parts.append(f"\nTasks without rows: {', '.join(missing)}.\n" if missing else "")
-    return "".join(parts) + (_source(rows, "study") if rows else "")
+    return "".join(parts) + _origin(rows)
+
+
+def _origin(rows):
+    """Machines and versions, each with its commits: a study of hours may see several."""
+    commits = {}
+    for row in rows:
+        origin = f"{row['device']}; {row['versions']}; {row['date']}"
+        commits.setdefault(origin, {})[row["commit"]] = None
+    return "".join(
+        f"\n{origin}; commits {', '.join(some)} ([rows](/bench/results/study.csv)).\n"
+        for origin, some in commits.items()
+    )

@@ -16,6 +16,7 @@ from .finetune import config
 from .finetune.ranks import LostError, Watch
 from .finetune.settings import typed
 from .integrations import huggingface
+from .integrations.peft import ADAPTERS
 from .optim import OPTIMIZERS
 from .optim.arguments import STRATEGIES
 
@@ -91,7 +92,13 @@ def _add_plan_options(plan):
 
     names = ", ".join(huggingface.CONFIGS)
     add("--model", f"a config.json, a folder with one, or {names}", required=True)
-    add("--optimizer", ", ".join(memory.OPTIMIZERS))
+    known = ", ".join(memory.OPTIMIZERS)
+    add("--optimizer", f"{known}; by default lomo, and adamw of lora and prefix")
+    add("--adapter", f"{', '.join(ADAPTERS)}: trained in place of the model or beside it")
+    add("--lora-rank", "rank of LoRA's matrices", int)
+    add("--lora-dropout", "part of LoRA's inputs that is dropped", float)
+    add("--lora-targets", "modules that get LoRA; by default peft's choice")
+    add("--prefix-tokens", "of a prefix", int)
     add("--clip-grad-norm", f"of {OURS}; 0 switches it off", float)
     add("--strategy", f"of {OURS}: {', '.join(STRATEGIES)}")
     add("--rounding", f"of {OURS}: auto, nearest, stochastic or split")
@@ -156,7 +163,7 @@ def _show_plan(found):
     where = "each of the devices" if job.shards > 1 else "the device"
     host = found.summary.host
     table = Table(
-        title=f"{found.model}, {found.parameters:,} parameters: {job.optimizer}, {job.dtype}, "
+        title=f"{found.model}, {found.parameters:,} parameters: {job.name}, {job.dtype}, "
         f"{job.batch} x {job.sequence} tokens, checkpointing {job.checkpointing or 'no'}",
         caption=f"on {where}; the peak is in {found.place}",
     )

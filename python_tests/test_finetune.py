@@ -190,6 +190,43 @@ def alone(model, prompt, answer):
         return -model(input_ids=ids, labels=labels).loss.item()
 
 
+def test_the_interval_of_perplexity_is_that_of_a_bootstrap(tiny):
+    """Of whole examples, each with its tokens."""
+    model, tokenizer = huggingface.load(tiny)
+    random = torch.Generator().manual_seed(0)
+    examples, losses, lengths = [], [], []
+    for i in range(60):
+        ids = tuple(torch.randint(1, 280, (4 + i % 13,), generator=random).tolist())
+        examples.append(Example((), ids if i % 3 else ids[:1] * len(ids)))
+        whole = torch.tensor([examples[-1].completion])
+        with torch.no_grad():
+            losses.append(model(input_ids=whole, labels=whole).loss.item() * (len(ids) - 1))
+        lengths.append(len(ids) - 1)
+    got = scoring.score(
+        model, examples, measures=("perplexity",), rule="mean", batch_size=7,
+        pad=tokenizer.pad_token_id, team=Ranks(), progress=iter,
+    )  # fmt: skip
+    drawn = torch.randint(60, (4000, 60), generator=random)
+    losses, lengths = (torch.tensor(each, dtype=torch.float64)[drawn] for each in (losses, lengths))
+    want = (losses.sum(1) / lengths.sum(1)).exp().quantile(torch.tensor([0.025, 0.975]).double())
+    low, high = got.interval
+    assert low < got.value < high
+    assert high - low == pytest.approx((want[1] - want[0]).item(), rel=0.1)
+    assert [low, high] == pytest.approx(want.tolist(), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("right", "count", "interval"),
+    [(81, 263, (0.2553, 0.3662)), (15, 148, (0.0624, 0.1605)), (0, 20, (0.0, 0.1611)),
+     (1, 29, (0.0061, 0.1718))],
+)  # fmt: skip
+def test_the_interval_of_accuracy_is_wilson_s(right, count, interval):
+    """Newcombe, Statistics in Medicine 17 (1998), table I, method 3."""
+    assert scoring.wilson(right, count) == pytest.approx(interval, abs=6e-5)
+    reverse = 1 - interval[1], 1 - interval[0]
+    assert scoring.wilson(count - right, count) == pytest.approx(reverse, abs=6e-5)
+
+
 def test_the_likeliest_answer_is_that_of_running_each_answer_alone(tiny, questions):
     """Left padding, shared keys and values, answers of one and of several tokens."""
     model, tokenizer, examples = loaded(tiny, train=questions, length=64)
@@ -240,7 +277,13 @@ def test_comparison_measures_what_is_held(tiny, questions, tmp_path, capsys):
     assert sgd.state_bytes == 0
     assert adamw.state_bytes == 2 * sum(sizes) + 4 * len(sizes)  # moments, and a step count each
     assert lomo.before == sgd.before == adamw.before
-    assert "adamw, lr 0.001" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "adamw, lr 0.001" in printed
+    assert printed.count("sgd has no strategy: left out") == 1
+    assert "adalomo has no" not in printed
+    count = sum(sizes) // 4
+    assert [r.trainable for r in reports] == [count] * 4
+    assert [r.parameter_bytes for r in reports] == [4 * count] * 4
 
 
 def test_held_bytes_of_ordinary_and_accumulated_gradients():

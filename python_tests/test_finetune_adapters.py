@@ -14,7 +14,7 @@ pytest.importorskip("rich", reason="rich is not installed")
 from test_finetune import alone, loaded, make_tiny, result, run, start_and  # noqa: E402
 from test_finetune_job import tuned  # noqa: E402
 
-from lomo_kernels import finetune  # noqa: E402
+from lomo_kernels import finetune, memory  # noqa: E402
 from lomo_kernels.finetune import adapters, checkpoint, scoring  # noqa: E402
 from lomo_kernels.finetune.examples import batch_of  # noqa: E402
 from lomo_kernels.integrations import huggingface  # noqa: E402
@@ -307,6 +307,58 @@ def test_a_step_without_finite_gradients_leaves_both_alone(tiny, questions, tmp_
     assert all(tensor.isfinite().all() for tensor in tensors)
 
 
+# -- beside full tuning ----------------------------------------------------------------------------
+
+
+def test_adapters_are_compared_with_full_tuning(tiny, questions, tmp_path, capsys):
+    assert run("--model", tiny, "--train", questions, "--steps", 3, "--prefix-tokens", 5,
+               "--strategy", "two_backward", "--lora-rank", 4, "--out", tmp_path, "--compare",
+               "lora,lora=4e-3,prefix,lora+lomo=0.05,adamw") == 0  # fmt: skip
+    printed = capsys.readouterr().out
+    for name in (
+        "lomo (two_backward), lr 0.1", "lora, lr 0.002", "lora, lr 0.004", "prefix, lr 0.01",
+        "lora+lomo (two_backward), lr 0.05, 0.002", "adamw, lr 0.0001",
+    ):  # fmt: skip
+        assert f"│ {name} " in printed
+    record = result(tmp_path)
+    low, high = record["after"]["interval"]
+    assert 0 <= low < record["after"]["value"] < high <= 1
+
+
+@pytest.mark.parametrize("adapter", ["lora", "prefix", "lora+lomo"])
+def test_what_an_adapter_holds_is_measured(tiny, questions, tmp_path, adapter):
+    """Activations are those of the second step of a plain loop."""
+    options = {"adapter": adapter, "lora_rank": 4, "prefix_tokens": 5}
+    if adapter == "lora+lomo":
+        options["strategy"] = "two_backward"
+    report = tuned(tmp_path, model=tiny, train=questions, **options, **SMALL)
+    base = sum(p.numel() for p in huggingface.load_model(tiny).parameters())
+    added = 2 * 4 * (32 + 32 + 32 + 16) if "lora" in adapter else 2 * 2 * 5 * 16
+    both = adapter == "lora+lomo"
+    assert report.trainable == added + both * base
+    assert report.parameter_bytes == 4 * (added + base)
+    assert report.state_bytes == 8 * added + 4 * (8 if "lora" in adapter else 1)  # and counters
+    head = 4 * 283 * 32  # the largest gradient of two backwards
+    assert report.gradient_bytes == 4 * added + both * head
+    if not both:
+        settings = finetune.Settings(model=tiny, train=questions, **options)
+        model, _, examples = loaded(tiny, train=questions)
+        model = adapters.added(settings, model, examples).train()
+        optimizer = adamw([p for p in model.parameters() if p.requires_grad], 0.01)
+        first, second = batches_of(tiny, questions, steps=2)
+        train(model, [first], optimizer, clipped=())
+        with memory.measure(model, optimizer) as measured:
+            train(model, [second], optimizer, clipped=())
+        assert report.activation_bytes == measured.maxima["activations"]
+
+
+def test_a_dry_run_plans_the_adapter(tiny, questions, capsys):
+    arguments = ["--model", tiny, "--train", questions, "--dry-run"]
+    assert run(*arguments, "--adapter", "lora", "--lora-rank", 4) == 0
+    size = memory.report.size(4 * 2 * 4 * (32 + 32 + 32 + 16))
+    assert f"gradients {size}, " in capsys.readouterr().out
+
+
 # -- refused, in one sentence ----------------------------------------------------------------------
 
 
@@ -326,6 +378,10 @@ def test_a_step_without_finite_gradients_leaves_both_alone(tiny, questions, tmp_
         (["--adapter", "lora+lomo", "--dtype", "float16"], "dtype must be float32 or bfloat16"),
         (["--adapter", "lora+lomo", "--loss-scale", "2"], "loss_scale must be none with adapter"),
         (["--adapter", "lora+lomo", "--adapter-lr", "-1"], "adapter_lr must be a number of at"),
+        (["--lora-rank", "4"], "lora_rank must be left out without adapter lora or lora+lomo"),
+        (["--compare", "lora", "--prefix-tokens", "4"], "prefix_tokens must be left out without"),
+        (["--adapter", "lora", "--adapter-lr", "1"], "adapter_lr must be left out without adapter"),
+        (["--compare", "prefix", "--checkpointing"], "checkpointing must be left out with adapter"),
         (["--adapter", "lora", "--offload"], "offload must be left out with an adapter"),
         (["--adapter", "lora", "--sharding", "fsdp2"], "sharding must be left out with an adapter"),
     ],

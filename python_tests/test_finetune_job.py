@@ -31,7 +31,7 @@ class Quiet(finetune.Display):
     """Shows nothing; asks the run to stop after a step, as Ctrl-C does."""
 
     def __init__(self, stop_after=None):
-        super().__init__(file=open(os.devnull, "w"))  # noqa: SIM115
+        super().__init__(file=io.StringIO())
         self.stop_after = stop_after
 
     @contextlib.contextmanager
@@ -322,6 +322,17 @@ def no_model(monkeypatch):
         (["--keep", "-1"], "keep must be a whole number of at least 0"),
         (["--truncate", "left"], "truncate must be one of prompt-left, skip, error, got 'left'"),
         (["--score", "max"], "score must be one of mean, sum, got 'max'"),
+        (
+            ["--optimizer", "adamw", "--strategy", "partial"],
+            "strategy must be auto with",
+        ),
+        (["--optimizer", "sgd", "--norm", "tensor"], "norm must be global with optimizer sgd, got"),
+        (
+            ["--optimizer", "sgd", "--rounding", "split"],
+            "rounding must be auto or nearest with",
+        ),
+        (["--optimizer", "sgd", "--loss-scale", "2"], "loss_scale must be auto or None with optim"),
+        (["--optimizer", "sgd", "--backend", "native"], "backend must be auto with optimizer sgd"),
         (["--autocast", "--dtype", "bfloat16"], "autocast must be with dtype float32, got True"),
     ],
     ids=lambda value: None,

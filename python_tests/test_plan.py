@@ -1,5 +1,6 @@
 """Plans against real steps of small models, public parameter counts, and whole traces."""
 
+import dataclasses
 import json
 
 import pytest
@@ -93,11 +94,34 @@ def test_other_models_need_what_is_planned(model, name, checkpointing):
     agree(predict(CONFIGS[model], job), measured(CONFIGS[model], job))
 
 
+LORA = (("lora_rank", 4), ("lora_dropout", 0.1), ("lora_targets", None))
+ADAPTED = {
+    "lora": as_job("adamw", adapter="lora", adapter_options=LORA),
+    "lora, 16 bits": as_job("adamw", "bfloat16", adapter="lora", adapter_options=LORA),
+    "prefix": as_job("adamw", adapter="prefix", adapter_options=(("prefix_tokens", 5),)),
+    "lora+lomo": as_job("lomo two_backward", adapter="lora+lomo", adapter_options=LORA),
+    "lora+lomo auto": as_job("lomo auto", adapter="lora+lomo", adapter_options=LORA),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("checkpointing", [None, "non_reentrant"])
+@pytest.mark.parametrize("name", ADAPTED)
+def test_adapters_need_what_is_planned(name, checkpointing):
+    pytest.importorskip("peft", reason="peft is not installed")
+    if name == "prefix" and checkpointing is not None:
+        pytest.skip("peft has no prefix for a checkpointed model")
+    job = dataclasses.replace(ADAPTED[name], checkpointing=checkpointing)
+    planned = predict(LLAMA, job)
+    agree(planned, measured(LLAMA, job))
+    assert planned.peak.total < predict(LLAMA, as_job("adamw", job.dtype)).peak.total
+
+
 def test_a_model_that_looks_at_values_is_refused_in_one_sentence(monkeypatch):
     from lomo_kernels.memory import optimizers
 
     def looks(name, model, options):
-        return torch.optim.SGD(model.parameters()), lambda loss: loss.item()
+        return [torch.optim.SGD(model.parameters())], lambda loss: loss.item()
 
     monkeypatch.setattr(optimizers, "make", looks)
     with pytest.raises(huggingface.ModelError, match="looks at the values of a tensor"):
@@ -155,6 +179,37 @@ def test_every_option_runs(config, options, capsys):
     assert found["peak_bytes"] > 0
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("options", "trained"),
+    [
+        (["--adapter", "lora"], 8 * 8 * (64 + 64 + 64 + 32)),
+        (["--adapter", "lora", "--lora-rank", 2, "--lora-targets", "o_proj"], 8 * 2 * (64 + 64)),
+        (["--adapter", "prefix", "--prefix-tokens", 3], 8 * 2 * 3 * 32),
+    ],
+    ids=lambda options: " ".join(map(str, options)) if isinstance(options, list) else None,
+)
+def test_an_adapter_has_states_in_float32(config, options, trained, capsys):
+    pytest.importorskip("peft", reason="peft is not installed")
+    assert run("--model", config, *options, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["optimizer"] == "adamw"
+    assert found["maxima_bytes"]["gradients"] == 4 * trained
+    assert found["maxima_bytes"]["states"] == pytest.approx(8 * trained, rel=0.02)  # and counters
+    model = transformers.AutoModelForCausalLM.from_config(LLAMA)
+    parameters = 2 * sum(p.numel() for p in model.parameters()) + 4 * trained
+    assert found["maxima_bytes"]["parameters"] == parameters
+
+
+def test_dropout_of_an_adapter_is_planned(config, capsys):
+    pytest.importorskip("peft", reason="peft is not installed")
+    activations = []
+    for part in (0.0, 0.5):
+        assert run("--model", config, "--adapter", "lora", "--lora-dropout", part, "--json") == 0
+        activations.append(json.loads(capsys.readouterr().out)["maxima_bytes"]["activations"])
+    assert activations[0] < activations[1]
+
+
 def test_it_says_whether_it_fits_and_draws(config, tmp_path, capsys):
     assert run("--model", config, "--device-memory", "1GiB", "--plot", tmp_path / "a.png") == 0
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
@@ -180,6 +235,18 @@ def test_it_shows_host_memory(config, capsys):
         (["--model", "llama-8t"], "llama-8t"),
         (["--model", "no/such/config.json"], "no/such/config.json"),
         (["--optimizer", "lion"], "optimizer must be one of lomo"),
+        (["--adapter", "dora"], "adapter must be one of None, lora, prefix, lora+lomo"),
+        (
+            ["--adapter", "lora", "--optimizer", "lomo"],
+            "optimizer must be one of adamw, got",
+        ),
+        (
+            ["--adapter", "lora+lomo", "--optimizer", "sgd"],
+            "optimizer must be one of lomo, ada",
+        ),
+        (["--adapter", "lora", "--devices", 2], "adapter must be None with sharding 'fsdp2', got"),
+        (["--adapter", "prefix", "--checkpointing"], "checkpointing must be None with a prefix"),
+        (["--adapter", "lora", "--lora-rank", 0], "lora_rank must be a whole number of at least 1"),
         (["--batch", 0], "batch must be a whole number of at least 1, got 0"),
         (["--devices", 0], "devices must be a whole number of at least 1, got 0"),
         (["--sharding", "fsdp2"], "sharding 'fsdp2' needs devices of at least 2, got 1"),

@@ -1,9 +1,12 @@
 """What a run trains in place of the model's weights, or beside them: adapters of peft's."""
 
+from dataclasses import fields
+
 import torch
 
 from ..integrations import huggingface, peft
 from . import stepping
+from .settings import ADAPTER_OPTIONS, Settings
 from .sources import DataError
 
 
@@ -17,6 +20,22 @@ def check(settings):
         peft.library()
 
 
+def check_used(several):
+    """Finds options of adapters that none of the runs would look at.
+
+    Raises:
+        ValueError: which, and whose they are.
+    """
+    kinds = {settings.adapter for settings in several}
+    defaults = {each.name: each.default for each in fields(Settings)}
+    for name, able in ADAPTER_OPTIONS.items():
+        value = getattr(several[0], name)
+        if value != defaults[name] and not kinds & set(able):
+            raise ValueError(
+                f"{name} must be left out without adapter {' or '.join(able)}, got {value!r}"
+            )
+
+
 def added(settings, model, examples):
     """The model with the adapter of the settings, the same one for the same seed; without one, the
     model itself."""
@@ -27,12 +46,12 @@ def added(settings, model, examples):
         if settings.adapter == "prefix":
             return peft.with_prefix(model, _first_tokens(settings, examples), base=settings.model)
         together = settings.adapter == "lora+lomo"
-        model = peft.with_lora(
+        return peft.with_lora(
             model, rank=settings.lora_rank, alpha=settings.lora_alpha,
             dropout=settings.lora_dropout, targets=settings.lora_targets,
             base="the model in the folder above" if together else settings.model,
+            frozen=not together,
         )  # fmt: skip
-    return model.requires_grad_() if together else model
 
 
 def _first_tokens(settings, examples):

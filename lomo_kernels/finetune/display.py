@@ -31,7 +31,7 @@ class Display:
         quiet = os.environ.get("RANK", "0") != "0"
         self.console = Console(file=file, highlight=False, soft_wrap=True, quiet=quiet)
         if not self.console.is_terminal:
-            self.console.width = 100
+            self.console.width = 180
 
     def say(self, text):
         self.console.print(text, markup=False)
@@ -82,15 +82,19 @@ class Display:
         from rich.table import Table
 
         name = reports[0].after.name
-        table = Table(title=f"{name} of held-out data, {reports[0].steps} steps")
+        table = Table(title=f"{name} of held-out data, {reports[0].steps} steps; memory in GiB")
         table.add_column("optimizer", no_wrap=True)
         for column in (
-            "before", "after", "loss", "skipped", "seconds", "gradients, GiB", "states, GiB",
+            "before", "after, 95 % interval", "loss", "skipped", "seconds", "trainable",
+            "parameters", "gradients", "states", "activations",
         ):  # fmt: skip
             table.add_column(column, justify="right")
         for r in reports:
+            low, high = r.after.interval
             table.add_row(
-                r.optimizer, f"{r.before.value:.3f}", f"{r.after.value:.3f}", f"{r.loss:.3f}",
-                str(r.skipped), f"{r.seconds:.0f}", gib(r.gradient_bytes), gib(r.state_bytes),
+                r.optimizer, f"{r.before.value:.3f}",
+                f"{r.after.value:.3f} ({low:.3f} to {high:.3f})", f"{r.loss:.3f}", str(r.skipped),
+                f"{r.seconds:.0f}", f"{r.trainable:,}", gib(r.parameter_bytes),
+                gib(r.gradient_bytes), gib(r.state_bytes), gib(r.activation_bytes),
             )  # fmt: skip
         self.console.print(table)

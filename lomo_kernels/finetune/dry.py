@@ -4,7 +4,7 @@ import os
 
 from .. import memory
 from ..integrations import huggingface
-from . import data, stepping
+from . import adapters, data, stepping
 from .job import steps_of
 
 
@@ -15,8 +15,7 @@ def dry_run(settings, display):
         The memory.Plan of one backward of the longest examples.
     """
     stepping.check(settings)
-    if settings.adapter is not None:
-        raise ValueError("a dry run knows no adapter: leave out --dry-run or --adapter")
+    adapters.check(settings)
     parts = data.read(settings)
     examples = data.tokenised(parts, settings, huggingface.load_tokenizer(settings.model))
     for line in examples.lines:
@@ -34,7 +33,9 @@ def dry_run(settings, display):
     clips = settings.clip_grad_norm if settings.norm == "global" else None
     plan = memory.plan(
         huggingface.load_config(settings.model),
-        optimizer=settings.optimizer, clip_grad_norm=clips, strategy=settings.strategy,
+        optimizer=settings.optimizer, adapter=settings.adapter, lora_rank=settings.lora_rank,
+        lora_dropout=settings.lora_dropout, lora_targets=settings.lora_targets,
+        prefix_tokens=settings.prefix_tokens, clip_grad_norm=clips, strategy=settings.strategy,
         rounding=settings.rounding, dtype=settings.dtype,
         batch=-(-settings.batch_size // processes), sequence=max(sizes),
         checkpointing="non_reentrant" if settings.checkpointing else None,

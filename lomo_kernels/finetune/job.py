@@ -13,14 +13,15 @@ import torch
 
 from ..integrations import huggingface
 from ..integrations.sharding import shard
-from ..memory import HeldBytes, state_bytes
+from ..memory import HeldBytes, measure, state_bytes
+from ..optim import sharding
 from . import adapters, checkpoint, data, ranks, report, signals, stepping
 from .display import Display
 from .examples import batch_of, batches
 from .log import Log
 from .report import Report
 from .scoring import Score, score
-from .settings import ADAPTERS, DEFAULT_STEPS, OURS, Output
+from .settings import ADAPTERS, DEFAULT_STEPS, OURS, OURS_ALONE, Output
 from .signals import StoppedError
 
 BEST = "best"  # in the run's folder: the weights with the best score of the validation part
@@ -135,17 +136,25 @@ def variants(settings, names):
         if name in ADAPTERS:
             keeps = name == "lora+lomo" and settings.optimizer in OURS
             what = {"adapter": name, "optimizer": settings.optimizer if keeps else None}
+        if what["optimizer"] not in OURS and name != "lora+lomo":
+            able = OURS_ALONE.items()
+            what |= {key: can[0] for key, can in able if getattr(settings, key) not in can}
         others.append(replace(settings, **what, lr=float(lr) if lr else None))
         stepping.check(others[-1])
         adapters.check(others[-1])
+    adapters.check_used([settings, *others])
     return others
 
 
 def compare(settings, first, names, display=None):
     """Runs the same data with other optimizers, as `variants` takes them, and shows one table,
     beginning with the report `first`. Nothing of these runs is saved."""
-    display = display or Display()
-    reports = [first, *(run(other, display=display) for other in variants(settings, names))]
+    display, reports = display or Display(), [first]
+    for other in variants(settings, names):
+        left_out = [name for name in OURS_ALONE if getattr(other, name) != getattr(settings, name)]
+        if left_out:
+            display.say(f"{other.optimizer} has no {', '.join(left_out)}: left out")
+        reports.append(run(other, display=display))
     display.table(reports)
     return reports
 
@@ -158,6 +167,11 @@ def _label(settings):
     if settings.optimizer in OURS and settings.strategy != "auto":
         name += f" ({settings.strategy})"
     return f"{name}, lr {settings.lr:g}{more}"
+
+
+def _bytes(params):
+    """Of parameters; of sharded ones this rank's."""
+    return sum(sharding.local(p).nbytes for p in params)
 
 
 def steps_of(settings, examples):
@@ -183,11 +197,13 @@ class Job:
         self.held = HeldBytes(self.params)  # before the optimizer: its hooks come first
         self.optimizers = adapters.optimizers(settings, model)
         self.optimizer, *self.beside = self.optimizers
+        groups = [group for each in self.beside for group in each.param_groups]
+        self.beside_bytes = _bytes(p for group in groups for p in group["params"])
         schedule = torch.optim.lr_scheduler.LambdaLR
         self.schedulers = [schedule(each, self._rate) for each in self.optimizers]
         self.progress = {
             "before": None if before is None else asdict(before), "losses": [], "skipped": 0,
-            "seconds": 0.0, "gradients": 0, "states": 0, "best": None,
+            "seconds": 0.0, "gradients": 0, "states": 0, "activations": 0, "best": None,
         }  # fmt: skip
 
     def _rate(self, step):
@@ -238,13 +254,14 @@ class Job:
         torch.manual_seed((settings.seed * 1_000_003 + step) * team.parts + team.part)
         micro = self._batches(step)
         rate = self.schedulers[0].get_last_lr()[0]
-        loss, norm, skipped = stepping.update(
-            self.optimizer, self.params, self._losses(micro), settings
-        )
-        for optimizer in self.beside:
-            if not skipped:
-                optimizer.step()
-            optimizer.zero_grad()
+        with self._measured(step):
+            loss, norm, skipped = stepping.update(
+                self.optimizer, self.params, self._losses(micro), settings
+            )
+            for optimizer in self.beside:
+                if not skipped:
+                    optimizer.step()
+                optimizer.zero_grad()
         for scheduler in self.schedulers:
             scheduler.step()
         tokens = sum(int(batch["attention_mask"].sum()) for batch, _ in micro)
@@ -254,7 +271,7 @@ class Job:
         progress["skipped"] += skipped
         seconds = time.perf_counter() - started
         progress["seconds"] += seconds
-        waiting = getattr(self.optimizer, "last_waiting_bytes", 0)
+        waiting = getattr(self.optimizer, "last_waiting_bytes", 0) + self.beside_bytes
         progress["gradients"] = max(progress["gradients"], self.held.peak, waiting)
         progress["states"] = max(progress["states"], sum(map(state_bytes, self.optimizers)))
         speed = tokens / seconds
@@ -264,6 +281,16 @@ class Job:
             step + 1, loss=loss, lr=rate, gradient_norm=norm, tokens_per_second=speed,
             loss_scale=scale, skipped=progress["skipped"],
         )  # fmt: skip
+
+    @contextlib.contextmanager
+    def _measured(self, step):
+        """Notes the activations of the second step, whose states exist, or of the only one."""
+        if step != min(1, self.steps - 1):
+            yield
+            return
+        with measure(self.model, *self.optimizers) as measured:
+            yield
+        self.progress["activations"] = measured.maxima["activations"]
 
     def _batches(self, step):
         """This rank's part of the micro-batches of a step, each with the factor of its loss: so
@@ -336,9 +363,11 @@ class Job:
                 batch_size=2 * self.settings.batch_size, pad=self.tokenizer.pad_token_id,
                 team=self.team, progress=progress,
             )  # fmt: skip
+        low, high = result.interval
         when = f"{name} training" if name != "validation" else f"validation after step {step}"
         self.display.say(f"{when}: {result} on {result.count} held-out "
-                         f"{'tokens' if result.name == 'perplexity' else 'questions'}")  # fmt: skip
+                         f"{'tokens' if result.name == 'perplexity' else 'questions'}, 95 % "
+                         f"interval {low:.3f} to {high:.3f}")  # fmt: skip
         values = {result.name: result.value, **result.more}
         part = "validation" if name == "validation" else "held_out"
         self.log.add(step, **{f"{part}/{key}": value for key, value in values.items()})
@@ -361,8 +390,11 @@ class Job:
             steps=self.steps,
             skipped=progress["skipped"],
             seconds=progress["seconds"],
+            trainable=sum(p.numel() for p in self.params),
+            parameter_bytes=_bytes(self.model.parameters()),
             gradient_bytes=progress["gradients"],
             state_bytes=progress["states"],
+            activation_bytes=progress["activations"],
             best_step=best_step,
         )
 

@@ -11,9 +11,13 @@ NAME = "result.json"
 
 @dataclass(frozen=True)
 class Report:
-    """What a run gave; `gradient_bytes` (gradients, or what waits in their place) and `state_bytes`
-    are measured peaks. `after` is the score of the weights of `best_step`, the last one where no
-    checkpoint was chosen by a score."""
+    """What a run gave.
+
+    `after` is the score of the weights of `best_step`, the last one where no checkpoint was chosen
+    by a score. `trainable` is how many parameters are trained. Bytes are measured: those of all
+    parameters, the peaks of gradients (or what waits in their place) and states over the run, and
+    the most of activations in the second step.
+    """
 
     optimizer: str
     before: Score
@@ -22,8 +26,11 @@ class Report:
     steps: int
     skipped: int
     seconds: float
+    trainable: int
+    parameter_bytes: int
     gradient_bytes: int
     state_bytes: int
+    activation_bytes: int
     best_step: int
 
     @property

@@ -4,23 +4,30 @@ import math
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 
 from ..integrations import peft
-from .examples import batch_of
+from .examples import IGNORE, batch_of
 
 RULES = ("mean", "sum")
+Z = 1.959964  # 95 % of a normal distribution are within so many deviations
 
 
 @dataclass(frozen=True)
 class Score:
-    """`more` are other measures of the same answers. `items` has a "1" for each question that is
-    answered right and a "0" for each other, in the order of the data."""
+    """`interval` is that of 95 % for other held-out examples of the same kind; `more` are other
+    measures of the same answers. `items` has a "1" for each question that is answered right and a
+    "0" for each other, in the order of the data."""
 
     name: str  # "perplexity" (lower is better) or "accuracy" (higher is better)
     value: float
     count: int  # tokens or questions
+    interval: tuple
     more: dict = field(default_factory=dict)
     items: str = ""
+
+    def __post_init__(self):
+        object.__setattr__(self, "interval", tuple(self.interval))  # json knows lists alone
 
     def __str__(self):
         measures = {self.name: self.value, **self.more}
@@ -60,20 +67,47 @@ def score(model, examples, *, measures, rule, batch_size, pad, team, progress):
 
 def accuracy(items, more=()):
     """The Score of questions of which those with a "1" are answered right."""
-    count = len(items)
-    return Score("accuracy", items.count("1") / count, count, dict(more), items)
+    right, count = items.count("1"), len(items)
+    return Score("accuracy", right / count, count, wilson(right, count), dict(more), items)
 
 
 def _perplexity(model, examples, batch_size, pad, team, progress):
-    total, count = 0.0, 0
+    sums = torch.zeros(6, dtype=torch.float64)
     for start in progress(range(0, len(examples), batch_size)):
         mine, tokens, _ = team.of_batch(examples[start : start + batch_size])
-        loss = model(**batch_of(mine, pad, team.device)).loss.item()
-        total += loss * tokens if tokens else 0.0
-        count += tokens
-    total, count = team.sum(total, count)
-    mean = total / count
-    return Score("perplexity", math.exp(mean) if mean < 700 else math.inf, int(count))
+        batch = batch_of(mine, pad, team.device)
+        labels = batch.pop("labels")[:, 1:]
+        logits = model(**batch).logits[:, :-1].float()
+        each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        if tokens:
+            loss, n = each.view_as(labels).double().sum(1), (labels != IGNORE).double().sum(1)
+            sums += torch.stack(
+                [torch.ones_like(n), n, loss, n * n, n * loss, loss * loss]
+            ).sum(1).cpu()  # fmt: skip
+    count, mean, half = _mean(*team.sum(*sums.tolist()))
+    interval = _exp(mean - half), _exp(mean + half)
+    return Score("perplexity", _exp(mean), int(count), interval)
+
+
+def _mean(examples, n, loss, nn, n_loss, loss_loss):
+    """-> (tokens, their mean loss, half of its interval): a ratio of two sums over examples, which
+    are what is drawn (Cochran, Sampling Techniques, chapter 6)."""
+    mean = loss / n
+    if examples < 2:
+        return n, mean, math.inf
+    square = max(0.0, loss_loss - 2 * mean * n_loss + mean**2 * nn)
+    return n, mean, Z * math.sqrt(square * examples / (examples - 1)) / n
+
+
+def _exp(value):
+    return math.exp(value) if value < 700 else math.inf
+
+
+def wilson(right, count):
+    """The interval of Wilson (1927) for the share of right answers."""
+    share, z = right / count, Z**2 / count
+    middle, half = share + z / 2, Z * math.sqrt(share * (1 - share) / count + z / (4 * count))
+    return max(0.0, (middle - half) / (1 + z)), min(1.0, (middle + half) / (1 + z))
 
 
 def _chosen(model, examples, rule, batch_size, pad, team, progress):

@@ -12,6 +12,7 @@ import torch
 
 from .. import optim
 from ..integrations import huggingface
+from ..integrations.peft import ADAPTERS
 from ..optim.arguments import STRATEGIES
 from .scoring import RULES
 from .superglue import TASKS
@@ -23,7 +24,20 @@ OPTIMIZERS = {  # default learning rates
     "adamw": 1e-4,
 }
 ADAPTER_LRS = {"lora": 2e-3, "prefix": 1e-2}  # by default, of AdamW on them
-ADAPTERS = (*ADAPTER_LRS, "lora+lomo")
+OURS_ALONE = {  # option -> what torch's optimizers do of it
+    "strategy": ("auto",),
+    "norm": ("global",),
+    "rounding": ("auto", "nearest"),
+    "loss_scale": ("auto", None),
+    "backend": ("auto",),
+}
+ADAPTER_OPTIONS = {  # option -> adapters that have it
+    "adapter_lr": ("lora+lomo",),
+    "prefix_tokens": ("prefix",),
+    **dict.fromkeys(
+        ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"), ("lora", "lora+lomo")
+    ),
+}
 DEFAULT_STEPS = 32  # on the default data: about five minutes on two CPU cores
 SCHEDULES = ("linear", "cosine", "constant")
 SHARDINGS = ("none", "fsdp2")
@@ -151,6 +165,10 @@ class Settings:
             alone = self.adapter in ADAPTER_LRS
             object.__setattr__(self, "optimizer", "adamw" if alone else "lomo")
         self._one_of("optimizer", tuple(OPTIMIZERS))
+        if self.optimizer not in OURS:
+            for name, able in OURS_ALONE.items():
+                wanted = f"{' or '.join(map(str, able))} with optimizer {self.optimizer}"
+                self._check(name, lambda value, able=able: value in able, wanted)
         self._one_of("schedule", SCHEDULES)
         self._one_of("dtype", DTYPES)
         self._one_of("score", RULES)

@@ -18,8 +18,11 @@ def library():
     return peft
 
 
-def with_lora(model, *, rank, alpha, dropout, targets, base):
-    """The model, frozen, with LoRA (Hu et al., arXiv 2106.09685) beside some of its matrices: W x
+ADAPTERS = ("lora", "prefix", "lora+lomo")
+
+
+def with_lora(model, *, rank, alpha=1.0, dropout=0.0, targets=None, base=None, frozen=True):
+    """The model with LoRA (Hu et al., arXiv 2106.09685) beside some of its matrices: W x
     becomes W x + alpha / rank * B A x, where A is random and B is zero.
 
     Args:
@@ -28,6 +31,7 @@ def with_lora(model, *, rank, alpha, dropout, targets, base):
         targets: names of modules with commas between them, or "all-linear"; None: peft's choice for
             this kind of model.
         base: what the model is called in the adapter's folder.
+        frozen: whether the rest of the model is.
 
     Returns:
         A `peft.PeftModel`.
@@ -44,13 +48,14 @@ def with_lora(model, *, rank, alpha, dropout, targets, base):
         task_type=peft.TaskType.CAUSAL_LM, base_model_name_or_path=base,
     )  # fmt: skip
     try:
-        return peft.get_peft_model(model, config)
+        adapted = peft.get_peft_model(model, config)
     except ValueError as error:
         kind = model.config.model_type
         raise ModelError(
             f"peft cannot put LoRA into this {kind} model: {_short(error)}; name modules with "
             "lora_targets"
         ) from error
+    return adapted if frozen else adapted.requires_grad_()
 
 
 def _check_names(model, names):
@@ -61,7 +66,7 @@ def _check_names(model, names):
             raise ModelError(f"lora_targets must name modules of the model, got {name!r}")
 
 
-def with_prefix(model, ids, *, base):
+def with_prefix(model, ids, *, base=None):
     """The model, frozen, with keys and values before every sequence in each layer (Li and Liang,
     arXiv 2101.00190), which are those of real tokens at first: it gives what the model gives after
     these tokens. In float32, as `with_lora`.

@@ -47,6 +47,20 @@ def _mixes_unless_fake(mixes):
     return call
 
 
+def _converted(module, convert, recurse=True):
+    """As `nn.Module._apply`, which exchanges the insides of a parameter: the mode, which refers to
+    it, does not allow that. A parameter that two modules share becomes two."""
+    for child in module.children():
+        _converted(child, convert)
+    for name, param in module._parameters.items():
+        if param is not None:
+            tensor = convert(param.detach())
+            module._parameters[name] = torch.nn.Parameter(tensor, param.requires_grad)
+    for name, buffer in module._buffers.items():
+        module._buffers[name] = None if buffer is None else convert(buffer)
+    return module
+
+
 def _on_real_tensors(run):
     @functools.wraps(run)
     def call(*args):
@@ -68,6 +82,7 @@ def fake_step(device="cuda"):
     patches = [
         # The host would look at a number that there is not.
         (gram.Cancellation, "note", _note_unless_fake(gram.Cancellation.note)),
+        (torch.nn.Module, "_apply", _converted),  # by peft, of its own modules
         # torch computes with tensors where a part begins, and looks at them.
         (sharding, "_offset", _on_real_tensors(sharding._offset)),
         (optim_adalomo, "adalomo_weights", table.weights),

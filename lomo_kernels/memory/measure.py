@@ -5,7 +5,7 @@ from .recorder import CATEGORIES, Recorder
 from .timeline import moments, summarise, whole
 
 
-def measure(module, optimizer=None):
+def measure(module, *optimizers):
     """Records the memory of a training step, in bytes, by following tensor storages.
 
     ::
@@ -24,7 +24,7 @@ def measure(module, optimizer=None):
 
     Args:
         module: any torch module.
-        optimizer: any torch optimizer of its parameters; without one there are no states.
+        optimizers: torch optimizers of its parameters; without one there are no states.
 
     Returns:
         A context manager that gives a `Measurement`, to be read after the block.
@@ -32,7 +32,7 @@ def measure(module, optimizer=None):
     Raises:
         RuntimeError: a figure is asked for inside the block.
     """
-    return Measurement(module, optimizer)
+    return Measurement(module, optimizers)
 
 
 class Measurement:
@@ -42,8 +42,8 @@ class Measurement:
     category at that moment. maxima: the most bytes of each category at any moment.
     """
 
-    def __init__(self, module, optimizer):
-        self._recorder = Recorder(module, optimizer)
+    def __init__(self, module, optimizers):
+        self._recorder = Recorder(module, optimizers)
         self._found = None
 
     def __enter__(self):

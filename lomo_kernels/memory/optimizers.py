@@ -3,6 +3,7 @@
 import torch
 
 from .. import optim
+from ..integrations import peft
 
 RELEASING = optim.OPTIMIZERS  # gradients are used in backward
 OPTIMIZERS = (*RELEASING, "sgd", "sgd-master", "adamw", "adamw-master")
@@ -39,25 +40,33 @@ class MasterCopy(torch.optim.Optimizer):
 
 
 def make(name, model, options):
-    """-> (optimizer, step), where `step(loss)` is a step of training after the forward."""
+    """-> (optimizers, step), where `step(loss)` is a step of training after the forward. LoRA that
+    is trained beside the weights is AdamW's."""
     if (releasing := RELEASING.get(name)) is not None:
-        optimizer = releasing(model, **options)
+        own, beside = peft.divided(model)
+        several = [releasing(own if beside else model, **options)]
+        if beside:
+            several.append(torch.optim.AdamW(beside, lr=1e-3, foreach=False))
 
         def releasing_step(loss):
-            optimizer.backward(loss)
-            optimizer.zero_grad()
+            several[0].backward(loss)
+            for each in several[1:]:
+                each.step()
+            for each in several:
+                each.zero_grad()
 
-        return optimizer, releasing_step
+        return several, releasing_step
     # A loop over the parameters, on every device: "foreach" needs room for all of them at a time.
     rule = torch.optim.SGD if name.startswith("sgd") else torch.optim.AdamW
+    trained = [param for param in model.parameters() if param.requires_grad]
     if name.endswith("-master"):
-        optimizer = MasterCopy(model.parameters(), rule, lr=1e-3, foreach=False)
+        optimizer = MasterCopy(trained, rule, lr=1e-3, foreach=False)
     else:
-        optimizer = rule(model.parameters(), lr=1e-3, foreach=False)
+        optimizer = rule(trained, lr=1e-3, foreach=False)
 
     def step(loss):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    return optimizer, step
+    return [optimizer], step

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 
 from ..integrations import huggingface
+from ..integrations.peft import ADAPTERS
 from ..integrations.sharding import UNITS
 from . import report
 from .optimizers import OPTIMIZERS, RELEASING
@@ -89,8 +90,9 @@ class Plan:
         return {
             "model": self.model,
             "parameters": self.parameters,
-            **{key: value for key, value in vars(self.job).items() if key != "options"},
+            **{key: value for key, value in vars(self.job).items() if "options" not in key},
             **dict(self.job.options),
+            **dict(self.job.adapter_options),
             **self.summary.to_dict(),
             "device_memory_bytes": self.device_memory,
             "margin_bytes": self.margin,
@@ -104,13 +106,18 @@ class Plan:
 
     def plot(self, path):
         """Draws the categories at the peak as a bar into an image file; needs matplotlib."""
-        report.plot_bars([(self.job.optimizer, self.summary)], self.device_memory, path)
+        report.plot_bars([(self.job.name, self.summary)], self.device_memory, path)
 
 
 def plan(
     model,
     *,
-    optimizer="lomo",
+    optimizer=None,
+    adapter=None,
+    lora_rank=8,
+    lora_dropout=0.0,
+    lora_targets=None,
+    prefix_tokens=20,
     clip_grad_norm=1.0,
     strategy="auto",
     rounding="auto",
@@ -138,8 +145,13 @@ def plan(
 
     Args:
         model: one of `MODELS`, a config.json, a folder with one, or a transformers configuration.
-        optimizer: one of `OPTIMIZERS`. "-master" keeps an fp32 copy of the parameters and fp32
+        optimizer: one of `OPTIMIZERS`; None: "lomo", and "adamw" of the adapters "lora" and
+            "prefix", which have no other. "-master" keeps an fp32 copy of the parameters and fp32
             states, mixed precision as it is usual; "adamw" and "sgd" are torch's.
+        adapter: "lora" or "prefix", trained in place of the parameters, or "lora+lomo", LoRA by
+            AdamW beside them; in float32 (docs/adapters.md).
+        lora_rank, lora_dropout, lora_targets, prefix_tokens: of an adapter, as in
+            `finetune.Settings`.
         clip_grad_norm, strategy, rounding: of lomo and adalomo, as in `Lomo`.
         dtype: of the parameters: "float32", "bfloat16", "float16".
         batch, sequence: sequences of a step on each device, and tokens of each, without padding.
@@ -164,12 +176,20 @@ def plan(
         ModelError: there is no such model, or transformers cannot build it.
         RuntimeError: `devices` above 1 inside a process group.
     """
-    _one_of("optimizer", optimizer, OPTIMIZERS)
+    _one_of("adapter", adapter, (None, *ADAPTERS))
+    alone = adapter in ("lora", "prefix")
+    if optimizer is None:
+        optimizer = "adamw" if alone else "lomo"
+    able = {None: OPTIMIZERS, "lora+lomo": tuple(RELEASING)}.get(adapter, ("adamw",))
+    _one_of("optimizer", optimizer, able)
     _one_of("dtype", dtype, DTYPES)
     _one_of("checkpointing", checkpointing, CHECKPOINTING)
     _one_of("device", device, ("cuda", "cpu"))
     _one_of("search", search, (None, "batch", "sequence"))
-    for name, value in (("batch", batch), ("sequence", sequence), ("devices", devices)):
+    for name, value in (
+        ("batch", batch), ("sequence", sequence), ("devices", devices), ("lora_rank", lora_rank),
+        ("prefix_tokens", prefix_tokens),
+    ):  # fmt: skip
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
     _one_of("units", units, UNITS)
@@ -184,6 +204,10 @@ def plan(
     for name, value, default in (("units", units, "layer"), ("offload", offload, None)):
         if sharding == "none" and value != default:
             raise ValueError(f"{name} {value!r} needs sharding 'fsdp2', got 'none'")
+    if adapter is not None and sharding != "none":
+        raise ValueError(f"adapter must be None with sharding {sharding!r}, got {adapter!r}")
+    if adapter == "prefix" and checkpointing is not None:
+        raise ValueError(f"checkpointing must be None with a prefix, got {checkpointing!r}")
     memory = None if device_memory is None else byte_count(device_memory)
     if search and memory is None:
         raise ValueError("the search for what fits needs device_memory, got none")
@@ -193,7 +217,8 @@ def plan(
         options = {"clip_grad_norm": clip_grad_norm, "strategy": strategy, "rounding": rounding}
     job = Job(
         optimizer, dtype, batch, sequence, checkpointing, attention, device,
-        1 if sharding == "none" else devices, units, offload, tuple(options.items()),
+        1 if sharding == "none" else devices, units, offload, tuple(options.items()), adapter,
+        _of_adapter(adapter, lora_rank, lora_dropout, lora_targets, prefix_tokens),
     )  # fmt: skip
     summary = predict(config, job, progress)
     most = {}
@@ -206,6 +231,12 @@ def plan(
         most = {f"largest_{search}": largest(search, job, needs, memory)}
     name = model if isinstance(model, str) else getattr(config, "model_type", "model")
     return Plan(str(name), job, parameters(config), summary, memory, **most)
+
+
+def _of_adapter(adapter, lora_rank, lora_dropout, lora_targets, prefix_tokens):
+    lora = {"lora_rank": lora_rank, "lora_dropout": lora_dropout, "lora_targets": lora_targets}
+    of = {None: {}, "prefix": {"prefix_tokens": prefix_tokens}}
+    return tuple(of.get(adapter, lora).items())
 
 
 def _one_of(name, value, known):

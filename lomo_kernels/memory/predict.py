@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from ..integrations import huggingface
+from ..integrations import huggingface, peft
 from ..integrations.sharding import shard
 from ..optim.choosing import Waits, chosen, default_budget
 from . import optimizers, sharded
@@ -33,6 +33,15 @@ class Job:
     units: str = "layer"
     offload: str | None = None
     options: tuple = ()  # (name, value) of the optimizer
+    adapter: str | None = None
+    adapter_options: tuple = ()  # (name, value) of the adapter
+
+    @property
+    def name(self):
+        """What is trained, by what."""
+        if self.adapter == "lora+lomo":
+            return f"lora+{self.optimizer}"
+        return self.adapter or self.optimizer
 
     @property
     def is_sharded(self):
@@ -163,9 +172,12 @@ def _fake_model(config, job):
 
 def _would_wait(config, job):
     with _fake_model(config, job) as (model, device):
-        optimizer, _ = optimizers.make(job.optimizer, model, dict(job.options))
+        (optimizer, *_), _ = optimizers.make(job.optimizer, model, dict(job.options))
         loss_of(model, job, device)
-        return optimizer.would_wait()
+        few, listed, others = optimizer.would_wait()
+        # an optimizer of parameters knows no names
+        names = {id(param): name for name, param in model.named_parameters()}
+        return few, [each._replace(name=names[each.key]) for each in listed], others
 
 
 def traced(config, job, layers):
@@ -186,12 +198,12 @@ def traced(config, job, layers):
 
 def record(model, job, device=None):
     """The Recorder of a step of a model, fake or real, that begins with its states in place."""
-    optimizer, step = optimizers.make(job.optimizer, model, dict(job.options))
+    several, step = optimizers.make(job.optimizer, model, dict(job.options))
     while True:
-        before = state_bytes(optimizer)
-        with Recorder(model, optimizer, device) as recorder:
+        before = sum(map(state_bytes, several))
+        with Recorder(model, several, device) as recorder:
             step(loss_of(model, job, device))
-        if state_bytes(optimizer) == before:
+        if sum(map(state_bytes, several)) == before:
             return recorder
 
 
@@ -201,7 +213,16 @@ def sharded_as(job, model, mesh):
 
 def model_of(config, job):
     dtype = getattr(torch, job.dtype)
-    return huggingface.from_config(config, dtype, job.checkpointing, job.attention)
+    model = huggingface.from_config(config, dtype, job.checkpointing, job.attention)
+    options = dict(job.adapter_options)
+    if job.adapter is None:
+        return model
+    if job.adapter == "prefix":
+        return peft.with_prefix(model, [0] * options["prefix_tokens"])
+    return peft.with_lora(
+        model, rank=options["lora_rank"], dropout=options["lora_dropout"],
+        targets=options["lora_targets"], frozen=job.adapter == "lora",
+    )  # fmt: skip
 
 
 def loss_of(model, job, device=None):

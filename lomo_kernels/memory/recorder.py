@@ -51,12 +51,14 @@ class Place(NamedTuple):
 class Recorder(TorchDispatchMode):
     """The log of one step, between `__enter__` and `__exit__`; see Note [Categories].
 
-    `device`: where the step runs, if neither the parameters nor their mesh tell.
+    Args:
+        optimizers: of the module's parameters.
+        device: where the step runs, if neither the parameters nor their mesh tell.
     """
 
-    def __init__(self, module, optimizer=None, device=None):
+    def __init__(self, module, optimizers=(), device=None):
         super().__init__()
-        self._module, self._optimizer = module, optimizer
+        self._module, self._optimizers = module, optimizers
         self._ids = {}  # of the storages alive: address of the C++ object -> index
         self._references = {}
         self.sizes, self.categories = [], []
@@ -121,9 +123,9 @@ class Recorder(TorchDispatchMode):
                 handle = param.register_post_accumulate_grad_hook(self._on_accumulated)
                 param._post_accumulate_grad_hooks.move_to_end(handle.id, last=False)
                 attach(handle)  # the first, before an optimizer takes the gradient away
-        if self._optimizer is not None:
-            attach(self._optimizer.register_step_pre_hook(self._step_begins))
-            attach(self._optimizer.register_step_post_hook(self._step_ended))
+        for optimizer in self._optimizers:
+            attach(optimizer.register_step_pre_hook(self._step_begins))
+            attach(optimizer.register_step_post_hook(self._step_ended))
 
     def _entering(self, name):
         def enter(module, args):
@@ -154,9 +156,9 @@ class Recorder(TorchDispatchMode):
         if param.grad is not None:
             self._see(param.grad, "gradients")
 
-    def _step_begins(self, *_):
+    def _step_begins(self, optimizer, *_):
         self._in_step += 1
-        for tensor in getattr(self._optimizer, "waiting_tensors", tuple)():
+        for tensor in getattr(optimizer, "waiting_tensors", tuple)():
             self._see(tensor, "gradients")
 
     def _step_ended(self, *_):
@@ -164,7 +166,7 @@ class Recorder(TorchDispatchMode):
         self._see_states()
 
     def _see_states(self):
-        states = self._optimizer.state.values() if self._optimizer is not None else ()
+        states = [state for each in self._optimizers for state in each.state.values()]
         for value in _tensors(state.values() for state in states):
             self._see(value, "states")
 
