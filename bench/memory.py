@@ -190,13 +190,11 @@ def card_of(row):
 
 
 def adapters():
-    from .readme import _source, _table
-
     rows = record.read("adapters")
     keys = [*(f"{c}_bytes" for c in memory.CATEGORIES), "peak_bytes"]
     body = [[*way_of(row), *(f"{int(row[key]) / GIB:.2f}" for key in keys)] for row in rows]
     head = ["model", "trained", "by", "checkpointing", *memory.CATEGORIES, "peak"]
-    return _table(head, body) + _source(rows, "adapters")
+    return table(head, body) + origin(rows, "adapters")
 
 
 def way_of(row):

@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-from . import memory, performance, record, strategies, summary
+from . import memory, performance, record, strategies, study_table, summary
 from .tables import origin, table
 
 ROOT = Path(__file__).parent.parent
@@ -38,6 +38,7 @@ PAGES = {
     "docs/clipping.md": {"strategies": strategies.drawn},
     "docs/finetune.md": {"finetune": finetune},
     "docs/memory.md": {"cards": memory.cards, "table1": memory.table1},
+    "docs/study.md": {"study": study_table.table},
 }
 
 

@@ -100,11 +100,14 @@ def merge(path, rows, key, fields):
 
 
 def _save(path, rows, fields):
+    """The file is whole or as before: rows of hours are in it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=fields, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+    partial.rename(path)
     return path
 
 

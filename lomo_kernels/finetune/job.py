@@ -27,7 +27,7 @@ from .signals import StoppedError
 BEST = "best"  # in the run's folder: the weights with the best score of the validation part
 
 
-def run(settings, output=None, display=None):
+def run(settings, output=None, display=None, before=None):
     """Fine-tunes a model and scores it before and after.
 
     Args:
@@ -36,6 +36,8 @@ def run(settings, output=None, display=None):
             checkpoint in `output.out`; a finished one is not repeated. `output.compare` is the
             command's to act on.
         display: where progress is shown.
+        before: the score before training, where `evaluate` or another run of the same model and
+            data has given it: it is not taken again.
 
     Returns:
         A Report.
@@ -63,7 +65,16 @@ def run(settings, output=None, display=None):
         if finished is not None:
             display.say(f"{folder} holds this run already; nothing is left to do")
             return finished
-        return _begin(settings, output, folder, parts, display, team)
+        job = _job(settings, output, folder, parts, display, team, before)
+        with signals.noted() as job.stop:
+            return job.run(team.first(checkpoint.latest, folder))
+
+
+def evaluate(settings, display=None):
+    """The Score of a model as it is: that of `run` before training."""
+    with ranks.joined(settings) as team:
+        parts = data.read(settings)
+        return _job(settings, Output(), None, parts, display or Display(), team).score("before", 0)
 
 
 def _contents(settings, parts):
@@ -79,17 +90,14 @@ def _contents(settings, parts):
     }
 
 
-def _begin(settings, output, folder, parts, display, team):
+def _job(settings, output, folder, parts, display, team, before=None):
     tokenizer = weights.load_tokenizer(settings.model)
     examples = data.tokenised(parts, settings, tokenizer)
     for line in examples.lines:
         display.say(line)
     display.say(f"loading {settings.model}")
     model = _load(settings, team, examples)
-    job = Job(settings, output, folder, team, model, tokenizer, examples, display)
-    with signals.noted() as stop:
-        job.stop = stop
-        return job.run(team.first(checkpoint.latest, folder))
+    return Job(settings, output, folder, team, model, tokenizer, examples, display, before)
 
 
 def _load(settings, team, examples):
@@ -179,11 +187,11 @@ def steps_of(settings, examples):
 class Job:
     """One run in progress. `folder` is `output.out`, or one for the time of the run."""
 
-    def __init__(self, settings, output, folder, team, model, tokenizer, examples, display):
+    def __init__(self, settings, output, folder, team, model, tokenizer, examples, display, before):
         self.settings, self.output, self.folder = settings, output, folder
         self.team, self.model, self.tokenizer = team, model, tokenizer
         self.data, self.display = examples, display
-        self.stop = []
+        self.stop, self.log = [], Log(None)
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.steps, self.per_epoch = steps_of(settings, len(examples.train))
         self.held = HeldBytes(self.params)  # before the optimizer: its hooks come first
@@ -194,8 +202,8 @@ class Job:
         schedule = torch.optim.lr_scheduler.LambdaLR
         self.schedulers = [schedule(each, self._rate) for each in self.optimizers]
         self.progress = {
-            "before": None, "losses": [], "skipped": 0, "seconds": 0.0, "gradients": 0, "states": 0,
-            "activations": 0, "best": None,
+            "before": None if before is None else asdict(before), "losses": [], "skipped": 0,
+            "seconds": 0.0, "gradients": 0, "states": 0, "activations": 0, "best": None,
         }  # fmt: skip
 
     def _rate(self, step):
@@ -218,13 +226,13 @@ class Job:
             self.display.say(f"going on after step {first} of {self.steps}")
         with contextlib.closing(self._log(first)) as self.log:
             if self.progress["before"] is None:
-                self.progress["before"] = asdict(self._score("before", 0))
+                self.progress["before"] = asdict(self.score("before", 0))
             with self.display.steps(self.steps, first) as show:
                 for step in range(first, self.steps):
                     self._step(step, show)
                     self._after_step(step + 1)
             best_step = self._take_best()
-            after = self._score("after", self.steps)
+            after = self.score("after", self.steps)
         result = self._report(after, best_step)
         self.held.remove()
         if self.output.out is not None:
@@ -326,7 +334,7 @@ class Job:
 
     def _choose(self, done):
         """Keeps the weights if the validation part has never been scored better."""
-        found, best = self._score("validation", done), self.progress["best"]
+        found, best = self.score("validation", done), self.progress["best"]
         if best is None or found.is_better_than(Score(**best["score"])):
             checkpoint.save_weights(self.folder, BEST, self.team, self.model)
             self.progress["best"] = {"step": done, "score": asdict(found)}
@@ -340,7 +348,7 @@ class Job:
         checkpoint.load_weights(self.folder / BEST, self.team, self.model)
         return best["step"]
 
-    def _score(self, name, step):
+    def score(self, name, step):
         def progress(steps):
             for each in self.display.track(steps, f"score {name}"):
                 if self.team.any(self.stop):

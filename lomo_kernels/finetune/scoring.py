@@ -16,13 +16,15 @@ Z = 1.959964  # 95 % of a normal distribution are within so many deviations
 @dataclass(frozen=True)
 class Score:
     """`interval` is that of 95 % for other held-out examples of the same kind; `more` are other
-    measures of the same answers."""
+    measures of the same answers. `items` has a "1" for each question that is answered right and a
+    "0" for each other, in the order of the data."""
 
     name: str  # "perplexity" (lower is better) or "accuracy" (higher is better)
     value: float
     count: int  # tokens or questions
     interval: tuple
     more: dict = field(default_factory=dict)
+    items: str = ""
 
     def __post_init__(self):
         object.__setattr__(self, "interval", tuple(self.interval))  # json knows lists alone
@@ -58,10 +60,15 @@ def score(model, examples, *, measures, rule, batch_size, pad, team, progress):
         chosen = _chosen(model, examples, rule, batch_size, pad, team, progress)
     finally:
         model.train(training)
-    right = sum(c == e.right for c, e in zip(chosen, examples))
+    items = "".join(str(int(c == e.right)) for c, e in zip(chosen, examples))
     more = {name: MEASURES[name](examples, chosen) for name in measures[1:]}
-    count = len(examples)
-    return Score("accuracy", right / count, count, wilson(right, count), more)
+    return accuracy(items, more)
+
+
+def accuracy(items, more=()):
+    """The Score of questions of which those with a "1" are answered right."""
+    right, count = items.count("1"), len(items)
+    return Score("accuracy", right / count, count, wilson(right, count), dict(more), items)
 
 
 def _perplexity(model, examples, batch_size, pad, team, progress):
