@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import lomo_kernels
-from lomo_kernels import _C, ops, optim
+from lomo_kernels import _C, finetune, memory, ops, optim
 from lomo_kernels.ops import annotations as of_ops
 from lomo_kernels.ops import product_update
 from lomo_kernels.optim import annotations as of_optim
@@ -63,7 +63,7 @@ def signatures(module):
 
 FUNCTIONS = [
     pytest.param(function, id=f"{module.__name__}.{name}")
-    for module in (ops, optim)
+    for module in (ops, optim, memory, finetune)
     for name, function in signatures(module)
 ]
 

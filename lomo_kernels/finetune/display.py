@@ -4,8 +4,12 @@ import contextlib
 import os
 import resource
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TextIO
 
 import torch
+
+from .report import Report
 
 LINES = 10  # progress lines of a run where there is no terminal
 
@@ -25,7 +29,7 @@ def peak_memory():
 class Display:
     """Of several processes that torchrun has started, the first alone shows anything."""
 
-    def __init__(self, file=None):
+    def __init__(self, file: TextIO | None = None) -> None:
         from rich.console import Console
 
         quiet = os.environ.get("RANK", "0") != "0"
@@ -33,10 +37,10 @@ class Display:
         if not self.console.is_terminal:
             self.console.width = 180
 
-    def say(self, text):
+    def say(self, text: str) -> None:
         self.console.print(text, markup=False)
 
-    def track(self, steps, name):
+    def track(self, steps: Iterable[Any], name: str) -> Iterable[Any]:
         """The steps, with a bar on a terminal."""
         if not self.console.is_terminal:
             return steps
@@ -45,7 +49,7 @@ class Display:
         return track(steps, name, console=self.console, transient=True)
 
     @contextlib.contextmanager
-    def steps(self, total, first):
+    def steps(self, total: int, first: int) -> Iterator[Callable[..., None]]:
         """Gives a function to be called after each step: (step, loss, norm, tokens per second,
         loss scale or None, skipped steps so far)."""
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -77,7 +81,7 @@ class Display:
         with bar:
             yield show
 
-    def table(self, reports):
+    def table(self, reports: Iterable[Report]) -> None:
         """One row a run."""
         from rich.table import Table
 

@@ -5,10 +5,12 @@ import os
 from .. import memory
 from ..integrations import weights
 from . import adapters, data, stepping
+from .display import Display
 from .job import steps_of
+from .settings import Settings
 
 
-def dry_run(settings, display):
+def dry_run(settings: Settings, display: Display) -> memory.Plan:
     """Shows examples, tokens, steps and the memory of each kind, and stops there.
 
     Returns:

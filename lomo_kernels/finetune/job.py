@@ -6,6 +6,7 @@ import math
 import shutil
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,13 +22,18 @@ from .examples import batch_of, batches
 from .log import Log
 from .report import Report
 from .scoring import Score, score
-from .settings import ADAPTERS, DEFAULT_STEPS, OURS, OURS_ALONE, Output
+from .settings import ADAPTERS, DEFAULT_STEPS, OURS, OURS_ALONE, Output, Settings
 from .signals import StoppedError
 
 BEST = "best"  # in the run's folder: the weights with the best score of the validation part
 
 
-def run(settings, output=None, display=None, before=None):
+def run(
+    settings: Settings,
+    output: Output | None = None,
+    display: Display | None = None,
+    before: Score | None = None,
+) -> Report:
     """Fine-tunes a model and scores it before and after.
 
     Args:
@@ -70,7 +76,7 @@ def run(settings, output=None, display=None, before=None):
             return job.run(team.first(checkpoint.latest, folder))
 
 
-def evaluate(settings, display=None):
+def evaluate(settings: Settings, display: Display | None = None) -> Score:
     """The Score of a model as it is: that of `run` before training."""
     with ranks.joined(settings) as team:
         parts = data.read(settings)
@@ -123,7 +129,7 @@ def _load(settings, team, examples):
     ).train()
 
 
-def variants(settings, names):
+def variants(settings: Settings, names: Iterable[str]) -> list[Settings]:
     """The settings with other optimizers or adapters: "sgd", or "sgd=0.1" for a learning rate.
 
     Raises:
@@ -146,7 +152,9 @@ def variants(settings, names):
     return others
 
 
-def compare(settings, first, names, display=None):
+def compare(
+    settings: Settings, first: Report, names: Iterable[str], display: Display | None = None
+) -> list[Report]:
     """Runs the same data with other optimizers, as `variants` takes them, and shows one table,
     beginning with the report `first`. Nothing of these runs is saved."""
     display, reports = display or Display(), [first]

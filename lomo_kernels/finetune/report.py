@@ -34,13 +34,13 @@ class Report:
     best_step: int
 
     @property
-    def failed(self):
+    def failed(self) -> bool:
         """Whether nothing was learned because of the numbers: most steps were skipped, or what
         came of them is not finite."""
         finite = math.isfinite(self.loss) and math.isfinite(self.after.value)
         return 2 * self.skipped > self.steps or not finite
 
-    def doubt(self):
+    def doubt(self) -> str | None:
         """Why this is no success, in one sentence; None where nothing speaks against it."""
         name, before, after = self.after.name, self.before.value, self.after.value
         if 2 * self.skipped > self.steps:

@@ -7,6 +7,7 @@ is added here alone.
 import math
 import types
 from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 import torch
 
@@ -209,11 +210,11 @@ class Settings:
             object.__setattr__(self, "train_size", 1000)
 
     @property
-    def is_sharded(self):
+    def is_sharded(self) -> bool:
         """Whether one process is sharded, too; several always are."""
         return self.offload or self.sharding == "fsdp2"
 
-    def identity(self):
+    def identity(self) -> dict[str, Any]:
         """What a run has in common with one that goes on with it, maybe in other processes."""
         return {key: value for key, value in asdict(self).items() if key not in PLACEMENT}
 

@@ -3,7 +3,10 @@
 import itertools
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from ..integrations import shapes
 from ..integrations.peft import ADAPTERS
@@ -73,7 +76,7 @@ class Plan:
     def fits(self):
         return None if self.device_memory is None else self.margin >= 0
 
-    def verdict(self):
+    def verdict(self) -> str:
         """One sentence: whether it fits, by how much, and what would."""
         text = f"needs {report.size(self.peak)} on each device"
         if self.device_memory is not None:
@@ -87,7 +90,7 @@ class Plan:
                 text += f"; largest {name} {most}" if most else f"; no {name} fits"
         return text + ("; on text alone, without images or sound" if self.text_alone else "")
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """Everything, in bytes, for json."""
         return {
             "model": self.model,
@@ -107,37 +110,37 @@ class Plan:
     def __str__(self):
         return "\n".join([report.text(self.summary), self.verdict()])
 
-    def plot(self, path):
+    def plot(self, path: str | Path) -> None:
         """Draws the categories at the peak as a bar into an image file; needs matplotlib."""
         report.plot_bars([(self.job.name, self.summary)], self.device_memory, path)
 
 
 def plan(
-    model,
+    model: Any,
     *,
-    optimizer=None,
-    adapter=None,
-    lora_rank=8,
-    lora_dropout=0.0,
-    lora_targets=None,
-    prefix_tokens=20,
-    clip_grad_norm=1.0,
-    strategy="auto",
-    rounding="auto",
-    dtype="bfloat16",
-    batch=1,
-    sequence=512,
-    checkpointing=None,
-    attention=None,
-    devices=1,
-    sharding=None,
-    units="layer",
-    offload=None,
-    device="cuda",
-    device_memory=None,
-    search=None,
-    progress=lambda text: None,
-):
+    optimizer: str | None = None,
+    adapter: str | None = None,
+    lora_rank: int = 8,
+    lora_dropout: float = 0.0,
+    lora_targets: str | None = None,
+    prefix_tokens: int = 20,
+    clip_grad_norm: float | None = 1.0,
+    strategy: str = "auto",
+    rounding: str = "auto",
+    dtype: str = "bfloat16",
+    batch: int = 1,
+    sequence: int = 512,
+    checkpointing: str | None = None,
+    attention: str | None = None,
+    devices: int = 1,
+    sharding: str | None = None,
+    units: str = "layer",
+    offload: str | None = None,
+    device: str = "cuda",
+    device_memory: int | str | None = None,
+    search: str | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Plan:
     """Predicts the memory of a training step, in bytes per device, without allocating the model.
 
     The model's own code and the optimizer's run a real forward, backward and step on tensors
