@@ -136,6 +136,7 @@ def collected(paths, cases):
     return {line for line in result.stdout.splitlines() if "::" in line}
 
 
+@pytest.mark.slow
 def test_the_suite_runs_every_case_of_the_gpu_once():
     """Whole files beside what the steps choose from them."""
     table = gpu_suite.files(*gpu_suite.TABLE)
@@ -166,6 +167,7 @@ def test_results_go_to_the_folder_of_the_environment(monkeypatch):
     assert gpu_suite.parser().parse_args(["--out", "here"]).out == Path("here")
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_the_suite_walks_the_course_on_a_fake_gpu(tmp_path, monkeypatch, capsys):
     """Its bench, by two jobs; the rest of the part is left out."""
     monkeypatch.setattr(
