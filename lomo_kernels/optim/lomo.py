@@ -1,6 +1,7 @@
 """LOMO: stochastic gradient descent whose gradients never exist all at once."""
 
 from .. import ops
+from ..ops.factors import tokens_of
 from .optimizer import FusedOptimizer
 
 
@@ -115,19 +116,23 @@ class Lomo(FusedOptimizer):
             **scalars,
         )
 
-    def update_product(self, param, pairs, group, number, scalars):
-        rounding, low = self.rounding_of(param, group)
-        ops.product_update_(
-            param,
-            pairs,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            clip_value=group["clip_grad_value"],
-            rounding=rounding,
-            low=low,
-            seed=group["seed"],
-            step=group["step"],
-            param_id=number,
-            backend=self.backend_name,
-            **scalars,
-        )
+    def update_product(self, pieces, group, number, scalars):
+        rounding, low = self.rounding_of(pieces[0].param, group)
+        if not group["weight_decay"]:  # experts without tokens stay as they are
+            pieces = [each for each in pieces if tokens_of(each.pairs)] or pieces[:1]
+        for piece in pieces:
+            ops.product_update_(
+                piece.tensor,
+                piece.pairs,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                clip_value=group["clip_grad_value"],
+                rounding=rounding,
+                low=piece.of(low),
+                seed=group["seed"],
+                step=group["step"],
+                param_id=number,
+                offset=piece.offset,
+                backend=self.backend_name,
+                **scalars,
+            )
