@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from . import experts, products
+from . import convolutions, experts, products
 
 
 class Operation(NamedTuple):
@@ -35,6 +35,8 @@ _OPERATIONS = {
     F.linear: Operation(1, "weight", products.linear, expert=experts.linear),
     torch.addmm: Operation(2, "mat2", products.addmm),  # Conv1D of GPT-2
     F.embedding: Operation(1, "weight", products.embedding),
+    F.conv1d: Operation(1, "weight", convolutions.convolution(1)),
+    F.conv2d: Operation(1, "weight", convolutions.convolution(2)),
     torch.matmul: _MATMUL,
     torch.Tensor.matmul: _MATMUL,
     torch.Tensor.__matmul__: _MATMUL,
