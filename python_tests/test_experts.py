@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from lomo_kernels import AdaLomo, Lomo, ops
+from lomo_kernels.ops import product_sumsq
 
 EXPERTS, WIDTH, INNER = 4, 64, 96  # for 24 tokens factors are smaller than gradients
 LR, CLIP, DECAY = 0.5, 0.05, 0.1
@@ -116,6 +117,37 @@ def test_every_way_to_step(case, how, in_first):
 
 
 @every_kind
+@pytest.mark.parametrize(
+    ("strategy", "batches"), [("one_backward", 1), ("one_backward", 2), ("two_backward", 1)]
+)
+def test_norms_by_gram_matrices(strategy, batches, how, in_first, monkeypatch):
+    """Of each expert that has tokens, in the first of two backwards one weight after the other."""
+    monkeypatch.setattr(product_sumsq, "TILE", 1)
+    measured, run = [], ops.product_sumsq_
+
+    def measure(sumsq, magnitude, products, **options):
+        measured.append(len(products))
+        run(sumsq, magnitude, products, **options)
+
+    monkeypatch.setattr(ops, "product_sumsq_", measure)
+    model, plain = build(how, in_first), build(how, in_first)
+    optimizer = Lomo(model, LR, clip_grad_norm=CLIP, strategy=strategy)
+    for step in range(batches):
+        models.loss_of(plain, step).backward()
+    if strategy == "two_backward":
+        optimizer.backward(models.loss_of(model))
+        assert measured.count(EXPERTS - 1) == 2
+    else:
+        for step in range(batches):
+            models.loss_of(model, step).backward()
+        optimizer.step()
+        others = 2 if batches == 1 else 0  # embedding and head
+        assert measured == [2 * (EXPERTS - 1) + others]
+    norm = torch.stack([p.grad.double().norm() for p in plain.parameters()]).norm()
+    assert optimizer.last_grad_norm == pytest.approx(norm.item(), rel=1e-6)
+
+
+@every_kind
 @pytest.mark.parametrize("strategy", ["one_backward", "immediate"])
 def test_the_same_bits(strategy, how, in_first):
     """The formula on whole gradients, each operation rounded on its own."""
@@ -203,11 +235,14 @@ def test_autocast(dtype, how, in_first):
 def test_what_waits_is_the_tokens_of_each_expert(how, in_first):
     model = build(how, in_first)
     optimizer = Lomo([model.up, model.down], LR, strategy="one_backward")
-    models.loss_of(model).backward()
+    loss = models.loss_of(model)
+    would_wait = sum(each.nbytes for each in optimizer.would_wait()[1])
+    loss.backward()
     optimizer.step()
     tokens = models.tokens().numel()
     ends = EXPERTS * 4 * 2 if how == "grouped" else 0
-    assert optimizer.last_waiting_bytes == 2 * tokens * (WIDTH + INNER) * 4 + ends
+    assert would_wait == 2 * tokens * (WIDTH + INNER) * 4
+    assert optimizer.last_waiting_bytes == would_wait + ends
     assert keep_factors(optimizer) == 2
 
 
@@ -230,6 +265,25 @@ def test_micro_batches_add_up_and_never_hold_more_than_gradients(case, how, in_f
             assert (keep_factors(optimizer) >= 2) == (count == 2)
     case.agree(model, expected)
     assert all(p.grad is None for p in weights)
+
+
+@needs_grouped_mm
+@pytest.mark.parametrize(
+    ("strategy", "reads"), [("one_backward", [2 * EXPERTS]), ("immediate", [EXPERTS, EXPERTS])]
+)
+def test_the_host_reads_where_tokens_end_once(strategy, reads, monkeypatch):
+    """For all weights together where they wait."""
+    seen, tolist = [], torch.Tensor.tolist
+
+    def read(tensor):
+        seen.extend([tensor.numel()] if tensor.dtype is torch.int64 else [])
+        return tolist(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", read)
+    model = build("grouped", False)
+    optimizer = Lomo(model, LR, strategy=strategy)
+    optimizer.backward(models.loss_of(model))
+    assert seen == reads
 
 
 class Largest(TorchDispatchMode):
@@ -308,6 +362,7 @@ GROUPED_USES = {
         grouped_mm(x, w, offs=e)[:20] for e in (ENDS, ENDS // 2 + 10)
     ),
     "all tokens to each": lambda x, w: grouped_mm(x.expand(4, *x.shape), w).sum(0),
+    "grouped and scaled": lambda x, w: grouped_mm(x, w, offs=ENDS)[:20] + x[:20] @ (w[1] * 2.0),
     "by no expert": lambda x, w: grouped_mm(x.detach(), w, offs=0 * ENDS)[:0].sum() + x,
 }
 every_use = pytest.mark.parametrize(
@@ -454,7 +509,9 @@ def test_an_error_between_two_experts_leaves_nothing_behind():
     first.register_hook(fail)
     with pytest.raises(ArithmeticError):
         (first[:, :WIDTH] @ model.up[3]).sum().backward()
+    assert not optimizer.is_clean
     optimizer.zero_grad()
+    assert optimizer.is_clean
     models.loss_of(model).backward()
     optimizer.step()
     models.loss_of(plain).backward()
