@@ -1,18 +1,22 @@
-"""The paper's Table 1 again, which model fits which card, and adapters beside full tuning, as rows:
-lomo_kernels.memory's plans.
+"""Rows of lomo_kernels.memory's plans: the paper's Table 1 again, which model fits which card,
+adapters beside full tuning, and what waits of experts.
 
-    python -m bench.memory
+    python -m bench.memory [table1 | cards | adapters | experts]
 
 Nothing is allocated: a step runs on tensors without data. Bytes are per device.
 """
 
+import sys
 from typing import NamedTuple
 from unittest import mock
+
+import torch
+import transformers
 
 from lomo_kernels import memory
 from lomo_kernels.integrations import shapes
 from lomo_kernels.memory import optimizers, report
-from lomo_kernels.memory.predict import Job, predict
+from lomo_kernels.memory.predict import Job, predict, would_wait
 
 from . import record
 from .tables import origin, table
@@ -55,6 +59,28 @@ class Card(NamedTuple):
         name = f"{self.gib} GiB" if self.devices == 1 else f"{self.devices} x {self.gib} GiB"
         return name if self.offload is None else f"{name}, offloaded"
 
+
+# Of the public config.json of Qwen/Qwen3-30B-A3B, mistralai/Mixtral-8x7B-v0.1, openai/gpt-oss-20b.
+MIXTURES = {
+    "Qwen3-30B-A3B": ("qwen3_moe", {
+        "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "head_dim": 128, "moe_intermediate_size": 768,
+        "num_experts": 128, "num_experts_per_tok": 8, "vocab_size": 151936,
+    }),
+    "Mixtral-8x7B": ("mixtral", {
+        "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "intermediate_size": 14336, "num_local_experts": 8,
+        "num_experts_per_tok": 2, "vocab_size": 32000, "sliding_window": None,
+    }),
+    "gpt-oss-20b": ("gpt_oss", {
+        "hidden_size": 2880, "num_hidden_layers": 24, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "head_dim": 64, "intermediate_size": 2880,
+        "num_local_experts": 32, "num_experts_per_tok": 4, "vocab_size": 201088,
+    }),
+}  # fmt: skip
+TOKENS = (512, 1024, 2048)
+
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")  # the weights
 
 CARDS = (Card(1, 24), Card(1, 48), Card(1, 80), Card(1, 141), Card(8, 24), Card(1, 24, "cpu"))
 
@@ -140,6 +166,40 @@ def adapter_row(model, way):
     }
 
 
+def mixture(name):
+    kind, fields = MIXTURES[name]
+    return transformers.AutoConfig.for_model(kind, **fields, tie_word_embeddings=False)
+
+
+def waits(name, tokens):
+    """What would wait of a mixture for the norm: bytes of the experts' factors, and of everything;
+    of one layer more as many as of the second."""
+    config = mixture(name)
+    job = Job(sequence=tokens, checkpointing="non_reentrant", options=(("clip_grad_norm", 1.0),))
+    found = []
+    for count in (1, 2):
+        small, listed, others = would_wait(shapes.with_layers(config, count), job)
+        experts = sum(each.nbytes for each in listed if each.name.endswith(EXPERTS))
+        found.append((experts, others + sum(each.nbytes for each in [*small, *listed])))
+    layers = config.num_hidden_layers
+    return tuple(one + (layers - 1) * (two - one) for one, two in zip(*found))
+
+
+def experts_row(name, tokens):
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(mixture(name), dtype=torch.bfloat16)
+    sizes = {key: param.nbytes for key, param in model.named_parameters()}
+    factors, waiting = waits(name, tokens)
+    return {
+        "model": name,
+        "tokens": tokens,
+        "parameters_bytes": sum(sizes.values()),
+        "experts_bytes": sum(size for key, size in sizes.items() if key.endswith(EXPERTS)),
+        "factors_bytes": factors,
+        "waits_bytes": waiting,
+    }
+
+
 # -- tables ----------------------------------------------------------------------------------------
 
 
@@ -219,14 +279,36 @@ def _cell(row):
     )
 
 
+def experts():
+    rows = record.read("experts")
+    names = ("parameters", "experts", "factors", "waits")
+    body = []
+    for row in rows:
+        gib = {key: int(row[f"{key}_bytes"]) / GIB for key in names}
+        body.append(
+            [
+                row["model"], row["tokens"], f"{gib['experts']:.1f} of {gib['parameters']:.1f}",
+                f"{gib['factors']:.2f}", f"{gib['factors'] / gib['experts']:.1%}",
+                f"{gib['waits']:.2f}",
+            ]
+        )  # fmt: skip
+    head = [
+        "model", "tokens", "gradients of experts, of all", "their factors", "share", "waits in all",
+    ]  # fmt: skip
+    return table(head, body) + origin(rows, "experts")
+
+
 def main():
     from rich.progress import track
 
-    print(record.write("table1", list(table1_rows())))
-    wanted = [(model, card) for model in MODELS for card in CARDS]
-    print(record.write("cards", [card_row(*each) for each in track(wanted, "cards")]))
-    wanted = [(model, way) for model in ADAPTED for way in WAYS]
-    print(record.write("adapters", [adapter_row(*each) for each in track(wanted, "adapters")]))
+    rows = {
+        "table1": lambda: list(table1_rows()),
+        "cards": lambda: [card_row(m, card) for m in track(MODELS, "cards") for card in CARDS],
+        "adapters": lambda: [adapter_row(m, w) for m in track(ADAPTED, "adapters") for w in WAYS],
+        "experts": lambda: [experts_row(m, n) for m in track(MIXTURES, "experts") for n in TOKENS],
+    }
+    for name in sys.argv[1:] or rows:
+        print(record.write(name, rows[name]()))
 
 
 if __name__ == "__main__":

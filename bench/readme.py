@@ -36,6 +36,7 @@ PAGES = {
     "README.md": {"summary": summary.drawn},
     "docs/benchmarks.md": {"performance": performance.performance},
     "docs/clipping.md": {"strategies": strategies.drawn},
+    "docs/experts.md": {"experts": memory.experts},
     "docs/finetune.md": {"finetune": finetune},
     "docs/memory.md": {"cards": memory.cards, "table1": memory.table1},
     "docs/study.md": {"study": study_table.table},

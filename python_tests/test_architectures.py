@@ -27,9 +27,8 @@ LATENT = {
     "qk_nope_head_dim": 8, "v_head_dim": 16, "first_k_dense_replace": 1, "num_key_value_heads": 4,
 }  # fmt: skip
 GPT = {"n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_inner": 192}
-# name -> (configuration, what differs, whether every matrix keeps factors). The experts of
-# transformers 5 are one parameter of three dimensions and no plain product: their gradients are
-# held. So is a matrix of Mamba that is not multiplied (None).
+# name -> (configuration, what differs, whether every matrix keeps factors, experts do in any case).
+# The gradients of routers are smaller than factors, and a matrix of Mamba is not multiplied.
 MODELS = {
     "llama": ("LlamaConfig", {}, True),
     "tied llama": ("LlamaConfig", {"tie_word_embeddings": True}, True),
@@ -46,7 +45,7 @@ MODELS = {
     "qwen3-moe": ("Qwen3MoeConfig", {"head_dim": 24, **EXPERTS}, False),
     "gpt-oss": ("GptOssConfig", {"head_dim": 24, **EXPERTS}, False),
     "deepseek-v3": ("DeepseekV3Config", {**EXPERTS, **LATENT}, False),
-    "mamba": ("MambaConfig", {"state_size": 8}, None),
+    "mamba": ("MambaConfig", {"state_size": 8}, False),
 }
 
 
@@ -87,7 +86,7 @@ def test_one_backward(name):
         moved = (q.detach() - old).norm()
         assert (p.detach() - q.detach()).norm() <= 1e-4 * moved + 1e-7
     largest = re.search("largest gradients held: ([^,]*)", optimizer.explain())[1]
-    assert model.get_parameter(largest).dim() == {True: 1, None: 2, False: 3}[MODELS[name][2]]
+    assert model.get_parameter(largest).dim() == (1 if MODELS[name][2] else 2)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -113,12 +112,20 @@ def test_what_waits_takes_the_room_of_activations(length):
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize(
-    ("name", "picked"),
-    [("llama", "one_backward"), ("mamba", "one_backward"), ("mixtral", "partial")],
+    ("name", "experts", "picked"),
+    [
+        ("llama", None, "one_backward"),
+        ("mamba", None, "one_backward"),
+        ("mixtral", "grouped_mm", "one_backward"),
+        ("mixtral", "batched_mm", "partial"),
+    ],
 )
-def test_auto_counts_gradients_that_have_no_factors(name, picked):
-    """Those of experts, most of such a model, would wait whole."""
+def test_auto_counts_gradients_that_have_no_factors(name, experts, picked):
+    """Those of experts whose weights are copied for each token, most of such a model, would wait
+    whole."""
     model = build(name)
+    if experts is not None:
+        model.set_experts_implementation(experts)
     optimizer = Lomo(model, lr=LR, clip_grad_norm=CLIP)
     optimizer.backward(loss_of(model))
     assert optimizer.explain().startswith(f"strategy {picked}: ")

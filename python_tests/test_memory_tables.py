@@ -1,4 +1,4 @@
-"""The committed rows of bench.memory: the paper's Table 1, and which model fits which card."""
+"""The committed rows of bench.memory: the paper's Table 1, which model fits which card, experts."""
 
 import pytest
 
@@ -60,3 +60,25 @@ def test_65b_fits_small_cards(card):
     )  # fmt: skip
     assert found.peak == int(row["least_peak_bytes"])
     assert (found.host_peak or 0) == int(row["least_host_bytes"])
+
+
+# name -> layers, experts of a token, elements of a token in the factors of both weights, parameters
+MIXTURES = {
+    "Qwen3-30B-A3B": (48, 8, (2 * 768 + 2048) + (2048 + 768), 30.5e9),
+    "Mixtral-8x7B": (32, 2, (2 * 14336 + 4096) + (4096 + 14336), 46.7e9),
+    "gpt-oss-20b": (24, 4, (2 * 2880 + 2880) + (2880 + 2880), 20.9e9),
+}
+
+
+def test_what_waits_of_experts_is_the_factors_of_their_tokens():
+    rows = record.read("experts")
+    assert [(r["model"], int(r["tokens"])) for r in rows] == [
+        (name, tokens) for name in memory.MIXTURES for tokens in memory.TOKENS
+    ]
+    for row in rows:
+        layers, most, width, parameters = MIXTURES[row["model"]]
+        assert int(row["factors_bytes"]) == layers * int(row["tokens"]) * most * width * 2
+        assert int(row["parameters_bytes"]) / 2 == pytest.approx(parameters, rel=2e-3)
+        assert int(row["waits_bytes"]) < int(row["parameters_bytes"]) / 4
+    row = rows[3]
+    assert memory.waits(row["model"], 512) == (int(row["factors_bytes"]), int(row["waits_bytes"]))

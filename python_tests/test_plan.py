@@ -2,6 +2,7 @@
 
 import dataclasses
 import http.server
+import itertools
 import json
 import os
 import re
@@ -75,7 +76,16 @@ KINDS = {
         vocab_size=256,
     ),
 }  # fmt: skip
+QWEN3 = transformers.Qwen3MoeConfig(
+    hidden_size=64, moe_intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16, vocab_size=256, num_experts=16, num_experts_per_tok=2,
+)  # fmt: skip
+GPT_OSS = transformers.GptOssConfig(
+    hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
+    num_key_value_heads=2, vocab_size=256, num_local_experts=8, num_experts_per_tok=2,
+)  # fmt: skip
 CONFIGS = {"llama": LLAMA, "tied": TIED, "gpt2": GPT2, "mixtral": MIXTRAL}
+CONFIGS |= {"qwen3": QWEN3, "gpt-oss": GPT_OSS}
 CLIPPED = (("clip_grad_norm", 1.0),)
 JOBS = {name: Job(name) for name in OPTIMIZERS if "lomo" not in name}
 JOBS |= {
@@ -128,13 +138,26 @@ def test_llama_needs_what_is_planned(name, checkpointing):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*check_inputs.*:UserWarning")
-@pytest.mark.parametrize("checkpointing", [None, "non_reentrant"])
-@pytest.mark.parametrize("name", ["lomo auto", "adalomo", "sgd", "adamw"])
-@pytest.mark.parametrize("model", ["tied", "gpt2", "mixtral"])
+@pytest.mark.parametrize(
+    ("model", "name", "checkpointing"),
+    [
+        *itertools.product(
+            ["tied", "gpt2", "mixtral"],
+            ["lomo auto", "adalomo", "sgd", "adamw"],
+            [None, "non_reentrant"],
+        ),
+        ("mixtral", "lomo one_backward", None),
+        ("qwen3", "lomo one_backward", "non_reentrant"),
+        ("qwen3", "lomo two_backward", None),
+        ("gpt-oss", "lomo one_backward", None),
+        ("gpt-oss", "lomo immediate", "non_reentrant"),
+    ],
+)
 def test_other_models_need_what_is_planned(model, name, checkpointing):
     from transformers.integrations import moe
 
-    if model == "mixtral" and not hasattr(moe, "_grouped_mm_fallback_backward_fake"):
+    experts = model in ("mixtral", "qwen3", "gpt-oss")
+    if experts and not hasattr(moe, "_grouped_mm_fallback_backward_fake"):
         pytest.skip("backward of this transformers' experts reads values: no plan without them")
     job = as_job(name, checkpointing=checkpointing)
     agree(predict(CONFIGS[model], job), measured(CONFIGS[model], job))

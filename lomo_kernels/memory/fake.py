@@ -17,6 +17,7 @@ from ..ops import factors
 from ..ops.adalomo import LAST_STEP
 from ..optim import adalomo as optim_adalomo
 from ..optim import gram, sharding
+from ..optim.gradient import Ends
 
 
 class _Table:
@@ -61,6 +62,20 @@ def _converted(module, convert, recurse=True):
     return module
 
 
+def _evenly_if_fake(to_host):
+    """Of fake tensors, where each expert has as many tokens as any other."""
+
+    def call(ends):
+        ends = list(ends)
+        for each in ends:
+            if isinstance(each.tensor, FakeTensor):
+                count = len(each.tensor)
+                each.read = [each.tokens * (i + 1) // count for i in range(count)]
+        to_host(ends)
+
+    return staticmethod(call)
+
+
 def _on_real_tensors(run):
     @functools.wraps(run)
     def call(*args):
@@ -83,6 +98,7 @@ def fake_step(device="cuda"):
         # The host would look at a number that there is not.
         (gram.Cancellation, "note", _note_unless_fake(gram.Cancellation.note)),
         (torch.nn.Module, "_apply", _converted),  # by peft, of its own modules
+        (Ends, "to_host", _evenly_if_fake(Ends.to_host)),
         # torch computes with tensors where a part begins, and looks at them.
         (sharding, "_offset", _on_real_tensors(sharding._offset)),
         (optim_adalomo, "adalomo_weights", table.weights),

@@ -114,7 +114,7 @@ class _Wait:
     def of(cls, config, job, layers):
         """By the optimizer's own rule (optim/choosing.py), on the sizes of all layers."""
         (few, listed, less), (more, _, others) = (
-            _would_wait(shapes.with_layers(config, n), job) for n in (1, 2)
+            would_wait(shapes.with_layers(config, n), job) for n in (1, 2)
         )
         others += (layers - 2) * (others - less)
         vectors = sum(each.nbytes for each in few)
@@ -177,7 +177,8 @@ def _fake_model(config, job):
         yield model if mesh is None else sharded_as(job, model, mesh), device
 
 
-def _would_wait(config, job):
+def would_wait(config, job):
+    """`FusedOptimizer.would_wait` of a model."""
     with _fake_model(config, job) as (model, device):
         (optimizer, *_), _ = optimizers.make(job.optimizer, model, dict(job.options))
         loss_of(model, job, device)

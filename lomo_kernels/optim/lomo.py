@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from torch import Tensor
-
 from .. import ops
-from ..ops.annotations import Backend, Products
+from ..ops.annotations import Backend
+from ..ops.factors import tokens_of
 from .annotations import Norm, Rounding, Scale, Strategy, Trained
 from .gradient import Piece
 from .optimizer import FusedOptimizer
@@ -129,25 +128,24 @@ class Lomo(FusedOptimizer):
         )
 
     def update_product(
-        self,
-        param: Tensor,
-        pairs: Products,
-        group: dict[str, Any],
-        number: int,
-        scalars: dict[str, Any],
+        self, pieces: list[Piece], group: dict[str, Any], number: int, scalars: dict[str, Any]
     ) -> None:
-        rounding, low = self.rounding_of(param, group)
-        ops.product_update_(
-            param,
-            pairs,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            clip_value=group["clip_grad_value"],
-            rounding=rounding,
-            low=low,
-            seed=group["seed"],
-            step=group["step"],
-            param_id=number,
-            backend=self.backend_name,
-            **scalars,
-        )
+        rounding, low = self.rounding_of(pieces[0].param, group)
+        if not group["weight_decay"]:  # experts without tokens stay as they are
+            pieces = [each for each in pieces if tokens_of(each.pairs)] or pieces[:1]
+        for piece in pieces:
+            ops.product_update_(
+                piece.tensor,
+                piece.pairs,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                clip_value=group["clip_grad_value"],
+                rounding=rounding,
+                low=piece.of(low),
+                seed=group["seed"],
+                step=group["step"],
+                param_id=number,
+                offset=piece.offset,
+                backend=self.backend_name,
+                **scalars,
+            )

@@ -6,6 +6,7 @@ from collections import defaultdict
 import torch
 
 from .. import ops
+from ..ops.factors import tokens_of
 from ..ops.lists import scatter_
 
 
@@ -39,25 +40,24 @@ class Norms:
             return "gram"
         slot.zero_()
         part = torch.empty_like(slot)
-        for piece in gradient.pieces():
+        for piece in gradient.blocks(zeros=False):
             self._sumsq(part, piece.grad)
             slot += part
         return "blocks"
 
     def measure_products(self, numbered):
         """Of (number, gradient) pairs those that have factors alone, by Gram matrices, together;
-        weights with the same inputs share the inputs' matrices.
+        weights with the same inputs share the inputs' matrices, experts add up.
 
         Returns:
             The numbers of those for which that costs less than the gradient, and does not cancel.
         """
         devices = defaultdict(list)
         for number, gradient in numbered:
-            tokens = sum(f.tokens for f in gradient.factors)
             if (
                 gradient.factors
                 and gradient.dense is None
-                and ops.gram_is_cheaper(tokens, *gradient.param.shape)
+                and _gram_is_cheaper(gradient)
                 and self._cancellation.trusts(number)
             ):
                 devices[gradient.device].append((number, gradient))
@@ -66,14 +66,18 @@ class Norms:
             numbers, gradients = zip(*sorted(group, key=lambda each: each[0]))
             first = numbers[0]
             slots = self.slots(device, first, numbers[-1] - first + 1)
-            are_neighbours = len(slots) == len(numbers)
-            sumsq = slots if are_neighbours else slots.new_empty(len(numbers))
+            products = [_with_tokens(gradient.products()) for gradient in gradients]
+            counts = [len(each) for each in products]
+            in_place = len(slots) == len(numbers) == sum(counts)
+            sumsq = slots if in_place else slots.new_empty(sum(counts))
             magnitude, scalars = torch.empty_like(sumsq), self._scalars.on(device)
             ops.product_sumsq_(
-                sumsq, magnitude, [gradient.pairs for gradient in gradients],
+                sumsq, magnitude, [pairs for each in products for pairs in each],
                 inv_scale=scalars.inv_scale, found_inf=scalars.skip, backend=self._backend,
             )  # fmt: skip
-            if not are_neighbours:
+            if sum(counts) > len(counts):
+                sumsq, magnitude = _sums(sumsq, counts), _sums(magnitude, counts)
+            if not in_place:
                 scatter_(slots, [number - first for number in numbers], sumsq)
             measured |= self._cancellation.note(numbers, sumsq, magnitude)
         return measured
@@ -95,3 +99,20 @@ class Norms:
         ops.grad_sumsq_(
             out, grad, inv_scale=scalars.inv_scale, found_inf=scalars.skip, backend=self._backend
         )
+
+
+def _gram_is_cheaper(gradient):
+    """Of all experts together: the tokens are those that a token meets, on average."""
+    tokens = [tokens_of(pairs) for pairs in gradient.products()]
+    met = sum(count**2 for count in tokens) / max(1, sum(tokens))
+    return ops.gram_is_cheaper(met, *gradient.shape)
+
+
+def _with_tokens(products):
+    return [pairs for pairs in products if tokens_of(pairs)] or products[:1]
+
+
+def _sums(values, counts):
+    """Of so many neighbours each."""
+    sums = [part.sum(dtype=torch.float64) for part in values.split(counts)]
+    return torch.stack(sums).to(values.dtype)

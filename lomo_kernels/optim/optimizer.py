@@ -46,8 +46,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     A subclass is a rule: `update(pieces, group, numbers, scalars)`, with pieces (gradient.py) of
     parameters of one group, device and dtype, the numbers of these parameters, and the scalars
     inv_scale, clip_coef, found_inf and skip, one-element tensors on the device or None. It may also
-    have `update_product(param, pairs, group, number, scalars)`, for a gradient that is a sum of
-    products of factors (ops.product_update_).
+    have `update_product(pieces, group, number, scalars)`, for a gradient that is a sum of products
+    of factors (ops.product_update_): a piece for the weight or for each of its experts, with the
+    factors as `pairs`.
     What becomes of a gradient: step.py, Note [Fates]. Sharded parameters: sharding.py, Note
     [Shards].
     """
@@ -837,8 +838,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._holding and self._step.fate(param) is not Fate.WAIT:
             return
         grad = self._taken(param)
+        self._step.take(param, grad)
         if grad is not None:  # else its factors were taken, or nothing flowed into it
-            self._step.take(param, grad)
             self._compare_with_budget()
 
     def _compare_with_budget(self, last=False):

@@ -1,9 +1,8 @@
-"""The table of operations whose weight gradient is a product of two factors.
+"""Operations whose weight gradient is a product of two factors: linear layers and embeddings.
 
-An entry of `OPERATIONS` names the function, which of its arguments is the weight, and what runs in
-its place when the weight is watched: an autograd function that offers the factors in backward. The
-replacement answers NotImplemented for arguments that it does not know; the operation then runs as
-always.
+What runs in the place of an operation (operations.py) when its weight is watched: a function that
+applies an autograd function, which offers the factors in backward. It answers NotImplemented for
+arguments that it does not know; the operation then runs as always.
 
 `watch` is the Watch of the weight: `watch.saw_product(weight, input, output_bytes)` in forward, and
 `watch.take(weight, left, right)` in backward, which says whether the factors are taken.
@@ -11,27 +10,15 @@ always.
 
 import contextlib
 import weakref
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
 
-
-class Operation(NamedTuple):
-    place: int  # of the weight among the arguments
-    name: str  # of that argument
-    run: Callable  # (watch, *arguments of the operation)
-
-    def weight(self, args, kwargs):
-        return args[self.place] if len(args) > self.place else kwargs.get(self.name)
-
-
 _PLAIN = {torch.Tensor, torch.nn.Parameter, FakeTensor}
 
 
-def _is_plain(x, weight):
+def is_plain(x, weight):
     """Whether x times weight is an ordinary product, differentiated in the ordinary way."""
     return (
         type(x) in _PLAIN  # a watched parameter is not: it is a weight in two places
@@ -39,11 +26,11 @@ def _is_plain(x, weight):
         and x.device == weight.device
         and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
         and x.is_floating_point()
-        and _is_ordinary_autograd()
+        and is_ordinary_autograd()
     )
 
 
-def _is_ordinary_autograd():
+def is_ordinary_autograd():
     """Outside torch.func and forward-mode AD, whose rules the functions here do not have."""
     return (
         not torch._C._are_functorch_transforms_active()
@@ -51,36 +38,36 @@ def _is_ordinary_autograd():
     )
 
 
-def _autocast(tensor, device_type):
+def autocast(tensor, device_type):
     if tensor is None or not torch.is_autocast_enabled(device_type):
         return tensor
     return tensor.to(torch.get_autocast_dtype(device_type))
 
 
-def _linear(watch, input, weight, bias=None):
-    if not _is_plain(input, weight) or input.ndim == 0 or (bias is not None and bias.ndim != 1):
+def linear(watch, input, weight, bias=None):
+    if not is_plain(input, weight) or input.ndim == 0 or (bias is not None and bias.ndim != 1):
         return NotImplemented
     kind = input.device.type
-    input = _autocast(input, kind)
+    input = autocast(input, kind)
     tokens = input.numel() // max(1, input.shape[-1])
     watch.saw_product(weight, input, tokens * weight.shape[0] * input.element_size())
-    return _Linear.apply(input, weight, _autocast(bias, kind), watch, False)
+    return Linear.apply(input, weight, autocast(bias, kind), watch, False)
 
 
-def _addmm(watch, input, mat1, mat2, *, beta=1, alpha=1, out=None):
-    if not _is_plain(mat1, mat2) or beta != 1 or alpha != 1 or out is not None or input.ndim != 1:
+def addmm(watch, input, mat1, mat2, *, beta=1, alpha=1, out=None):
+    if not is_plain(mat1, mat2) or beta != 1 or alpha != 1 or out is not None or input.ndim != 1:
         return NotImplemented
     kind = mat1.device.type
-    mat1 = _autocast(mat1, kind)
+    mat1 = autocast(mat1, kind)
     watch.saw_product(mat2, mat1, mat1.shape[0] * mat2.shape[1] * mat1.element_size())
-    return _Linear.apply(mat1, mat2, _autocast(input, kind), watch, True)
+    return Linear.apply(mat1, mat2, autocast(input, kind), watch, True)
 
 
-def _embedding(
+def embedding(
     watch, input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False,
     sparse=False,
 ):  # fmt: skip
-    if max_norm is not None or scale_grad_by_freq or sparse or not _is_ordinary_autograd():
+    if max_norm is not None or scale_grad_by_freq or sparse or not is_ordinary_autograd():
         return NotImplemented
     if type(input) not in (torch.Tensor, FakeTensor):
         return NotImplemented
@@ -92,22 +79,15 @@ def _embedding(
     return _Embedding.apply(input, weight, padding_idx, watch)
 
 
-OPERATIONS = {
-    F.linear: Operation(1, "weight", _linear),
-    torch.addmm: Operation(2, "mat2", _addmm),  # Conv1D of GPT-2
-    F.embedding: Operation(1, "weight", _embedding),
-}
-
-
-def _no_autocast(device_type):
+def no_autocast(device_type):
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 
 
-def _offer(ctx, left, right):
+def offer(ctx, left, right, experts=None):
     """What this backward wants of the weight: None: nothing; True: its gradient as a tensor; False:
-    the factors were taken in its place."""
+    the factors were taken in its place. `experts`: whose, as in gradient.Factors."""
     accumulate = ctx.next_functions[1][0]
     try:
         if not torch._C._will_engine_execute_node(accumulate):
@@ -120,23 +100,28 @@ def _offer(ctx, left, right):
     if torch.is_grad_enabled():  # create_graph: a second derivative may reach the weight as well
         watch.saw_other(ctx.weight)
         return True
-    return not watch.take(ctx.weight, left, right)
+    return not watch.take(ctx.weight, left, right, experts)
 
 
-class _Linear(torch.autograd.Function):
-    """x @ weight.T + bias, or x @ weight + bias when the weight lies [in, out].
+class Linear(torch.autograd.Function):
+    """x @ weight.T + bias, or x @ weight + bias when the weight lies [in, out]; of one expert
+    weight[expert] in its place.
 
     Its backward consists of differentiable operations, so that a gradient penalty may go through
     it once more.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, watch, in_first):
+    def forward(ctx, x, weight, bias, watch, in_first, expert=None):
         ctx.watch, ctx.in_first, ctx.weight = weakref.ref(watch), in_first, weight
+        ctx.expert = expert
         ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None)
-        w = weight.to(x.dtype)  # in an autocast region x is in its type already
-        with _no_autocast(x.device.type):
-            return torch.addmm(bias, x, w) if in_first else F.linear(x, w, bias)
+        # in an autocast region x is in its type already
+        w = (weight if expert is None else weight[expert]).to(x.dtype)
+        with no_autocast(x.device.type):
+            if not in_first:
+                return F.linear(x, w, bias)
+            return x @ w if bias is None else torch.addmm(bias, x, w)
 
     @staticmethod
     def backward(ctx, grad):
@@ -144,15 +129,17 @@ class _Linear(torch.autograd.Function):
         g, flat = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            w = weight.to(x.dtype)
+            w = (weight if ctx.expert is None else weight[ctx.expert]).to(x.dtype)
             dx = (g @ (w.T if ctx.in_first else w)).view(x.shape)
         if ctx.needs_input_grad[1]:
             left, right = (flat, g) if ctx.in_first else (g, flat)
-            if _offer(ctx, left, right):
+            if offer(ctx, left, right, ctx.expert):
                 dw = (left.T @ right).to(ctx.weight.dtype)
+                if ctx.expert is not None:
+                    dw = torch.select_scatter(dw.new_zeros(ctx.weight.shape), dw, 0, ctx.expert)
         if ctx.needs_input_grad[2]:
             db = g.sum(0)
-        return dx, dw, db, None, None
+        return dx, dw, db, None, None, None
 
 
 class _Embedding(torch.autograd.Function):
@@ -172,6 +159,6 @@ class _Embedding(torch.autograd.Function):
         if padding >= 0:
             right = right.masked_fill((left == padding)[:, None], 0.0)
         dw = None
-        if _offer(ctx, left, right):
+        if offer(ctx, left, right):
             dw = torch.ops.aten.embedding_dense_backward(grad, ids, rows, padding, False)
         return None, dw, None, None

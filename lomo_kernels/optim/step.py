@@ -9,6 +9,8 @@ WAIT      added to the others  kept, where they are smaller than the gradient wo
 MEASURE   its norm is noted    its norm is noted, where Gram matrices cost less
 APPLY     used, and freed      used in blocks: strategy "immediate", a weight that was used once
 
+A loop over experts brings a product for each; they are measured or applied when the last has come.
+
 A strategy is the set of parameters whose gradients wait for the norm: all of them ("one_backward"),
 none ("two_backward": a first backward measures them, a second one brings them again), or those
 nearest the input ("partial"). Without a global norm a gradient waits only where "immediate" cannot
@@ -57,6 +59,7 @@ class Step:
         self.phase = Phase.OPEN
         self.keeps = keeps
         self.waiting = Waiting()
+        self._arriving = Waiting()  # factors of experts, until those of all have come
         self.used, self.known, self.to_come = set(), set(), None
         self.others, self.is_partial = [], False
         self.wrote = False
@@ -84,7 +87,8 @@ class Step:
     @property
     def is_empty(self):
         """Whether no gradient has arrived."""
-        return not (self.waiting or self.used or self.wrote) and self.phase is Phase.OPEN
+        arrived = self.waiting or self._arriving or self.used or self.wrote
+        return not arrived and self.phase is Phase.OPEN
 
     # -- two doors ---------------------------------------------------------------------------------
 
@@ -96,10 +100,13 @@ class Step:
             in_blocks: whether an update may be made of them at once.
         """
         fate = self.fate(param)
+        once = once or id(param) in self._arriving
         if fate is Fate.APPLY:
             if not in_blocks:
                 return False
             self._refuse_second(param)
+            if once and factors.is_part:
+                return self._arriving.add_factors(param, factors)
             if once:
                 self._arrives(param, factors.right.device)
                 self.products[True] += 1
@@ -109,6 +116,8 @@ class Step:
         if fate is Fate.MEASURE:
             if id(param) in self.used or not once:
                 return False
+            if factors.is_part:
+                return self._arriving.add_factors(param, factors)
             gradient = Gradient(param, factors=[factors])
             taken = bool(self.norms.measure_products([(self._number(param), gradient)]))
             self.used.update([id(param)] if taken else [])
@@ -117,8 +126,15 @@ class Step:
         return self.waiting.add_factors(param, factors)
 
     def take(self, param, grad, fate=None):
-        """The gradient, complete."""
+        """The gradient, complete: beside the parts that came as factors. None: there are no others
+        than these, if any."""
         fate = self.fate(param) if fate is None else fate
+        if (gradient := self._arriving.drop(param)) is None:
+            if grad is None:
+                return
+            gradient = Gradient(param, grad)
+        elif grad is not None:
+            gradient.add(grad)
         if fate is Fate.WAIT:
             self.scalars.on(grad.device)  # asks whether the loss was scaled
             self.waiting.add(param, grad, all_wait=isinstance(self.keeps, Everything))
@@ -128,11 +144,12 @@ class Step:
                 "step(), not another backward"
             )
         else:
-            self._arrives(param, grad.device)
+            self._arrives(param, gradient.device)
             if fate is Fate.MEASURE:
-                self.norms.measure(self._number(param), Gradient(param, grad))
+                self.norms.measure(self._number(param), gradient)
             else:
-                self.apply(Gradient(param, grad))
+                self.products[True] += bool(gradient.factors)
+                self.apply(gradient)
 
     def _arrives(self, param, device):
         """A gradient that is measured or applied now."""
@@ -230,6 +247,7 @@ class Step:
     def apply_all(self):
         """Updates from everything that waits."""
         optimizer, together = self._optimizer, defaultdict(list)
+        self.waiting.read_ends()
         largest = TOGETHER if optimizer.ranks is None else math.inf  # messages are shared as well
         # Newest first: what backward made last lies in caches still.
         while self.waiting:
@@ -270,7 +288,7 @@ class Step:
             self.wrote = True
             group, scalars = self._group_and_scalars(gradient.param, scalars, coef)
             self._optimizer.update_product(
-                gradient.param, gradient.pairs, group, self._number(gradient.param), scalars
+                gradient.by_product(), group, self._number(gradient.param), scalars
             )
             return
         for piece in gradient.pieces(self._optimizer.whole_gradients):

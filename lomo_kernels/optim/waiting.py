@@ -5,7 +5,7 @@ from collections import Counter
 import torch
 
 from .choosing import factors_are_smaller, size
-from .gradient import Gradient
+from .gradient import Ends, Gradient
 
 
 class Waiting(dict):
@@ -35,6 +35,8 @@ class Waiting(dict):
         gradient = self.get(id(param))
         if gradient is not None and gradient.dense is not None:
             return False
+        if gradient is not None and gradient.has_experts != (factors.experts is not None):
+            return False  # a product of another kind
         before = 0 if gradient is None else gradient.nbytes
         if not factors_are_smaller(before + factors.nbytes, param.nbytes):
             if gradient is not None:
@@ -55,6 +57,9 @@ class Waiting(dict):
         for gradient in self.values():
             gradient.check()
 
+    def read_ends(self):
+        Ends.to_host(ends for gradient in self.values() for ends in gradient.ends)
+
     @property
     def tensors(self):
         return [tensor for gradient in self.values() for tensor in gradient.tensors]
@@ -71,6 +76,7 @@ class Waiting(dict):
 
     def measure(self, norms, numbers):
         """Notes the norms of everything; says how each was found."""
+        self.read_ends()
         found = Counter()
         dense = [g for g in self.values() if not g.factors]
         norms.measure_tensors([(numbers[id(g.param)], g.dense) for g in dense])

@@ -4,8 +4,10 @@ Note [Watched parameters]
 A parameter is watched by a hook and by its class. The hook runs when its gradient is complete in
 `.grad`. The class is a subclass of the parameter's own whose `__torch_function__` sees every
 operation that takes the parameter:
-- operations of the table in products.py become autograd functions that offer factors; any other
+- operations of the table in operations.py become autograd functions that offer factors; any other
   operation runs as always, and the weight is known to be used elsewhere too;
+- views that hold one expert of a weight, or all of them transposed, are of a class that does the
+  same for operations which take them;
 - reads and writes of `.grad` and `.data`, and hooks of others.
 No module is changed, subclasses that scale or wrap the plain product work, the quantised or adapted
 weight of a layer is left alone, checkpointing's recomputation is seen, and copies and saved files
@@ -27,10 +29,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import CheckpointFunction
 
 from .. import ops
-from . import sharding
+from . import experts, sharding
 from .choosing import factors_are_smaller
 from .gradient import Factors
-from .products import OPERATIONS
+from .operations import operation_of
 
 
 def unwatched(function):
@@ -49,10 +51,12 @@ class Usage:
 
     def __init__(self):
         self.products = 0  # not counting recomputation
+        self.experts = set()  # that have a product of their own
         self.elsewhere = False  # used by another operation, or in an unknown way
         self.inputs = self.outputs = 0  # bytes of the factors
         self.shares = False  # its one input is also that of the product before
-        self.recomputed = False  # a product's input is dropped and computed again in backward
+        # A product's input is not there until backward: it is computed again, or copied.
+        self.beside = False
 
 
 class Watch:
@@ -133,33 +137,39 @@ class Watch:
 
     # -- what forward did --------------------------------------------------------------------------
 
-    def saw_product(self, param, given, output_bytes):
-        """A product of the weight with `given`."""
+    def saw_product(self, param, given, output_bytes, expert=None, copied=0):
+        """A product of the weight, or of one expert of it, with `given`, or with a copy of it for
+        the purpose, of so many bytes."""
         if torch._C._current_graph_task_id() != -1:  # in backward: recomputation
             return
         usage = self.usage[id(param)]
         usage.products += 1
-        usage.inputs += given.nbytes
+        usage.experts.update([] if expert is None else [expert])
+        usage.inputs += copied or given.nbytes
         usage.outputs += output_bytes
         usage.shares = usage.products == 1 and self._last_input() is given
         self._last_input = weakref.ref(given)
         # Non-reentrant checkpointing drops what forward saves through these hooks.
-        usage.recomputed |= torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        is_packed = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        usage.beside |= is_packed or copied > 0
 
     def saw_other(self, param):
         if self.wants_factors and id(param) in self._matrices:
             self.usage[id(param)].elsewhere = True
 
     def used_once(self, param):
-        """Whether the forwards of this step used the weight in one product and nothing else."""
+        """Whether the forwards of this step used the weight in one product, or in one for each of
+        some experts, and nothing else."""
         usage = self.usage.get(id(param))
-        return usage is not None and usage.products == 1 and not usage.elsewhere
+        if usage is None or usage.elsewhere or usage.products == 0:
+            return False
+        return usage.products == (len(usage.experts) or 1)
 
     def is_beside(self, param):
         """Whether the factors take memory beside that of the activations: also where forward was
         not seen, as reentrant checkpointing's."""
         usage = self.usage.get(id(param))
-        return usage is None or usage.products == 0 or usage.recomputed or usage.elsewhere
+        return usage is None or usage.products == 0 or usage.beside or usage.elsewhere
 
     def waiting(self):
         """(param, bytes that a step keeps of it until the norm is known, whether that takes memory
@@ -169,7 +179,7 @@ class Watch:
         for key, usage in self.usage.items():
             if (param := self._params.get(key)) is not None and self.takes(param):
                 alive = alive and usage.shares
-                factors, beside = usage.inputs + usage.outputs, usage.recomputed or usage.elsewhere
+                factors, beside = usage.inputs + usage.outputs, usage.beside or usage.elsewhere
                 if usage.elsewhere or not factors_are_smaller(factors, param.nbytes):
                     yield param, param.nbytes, beside
                 else:
@@ -183,12 +193,12 @@ class Watch:
             owner.on_gradient(param)
 
     @unwatched
-    def take(self, param, left, right):
+    def take(self, param, left, right, experts=None):
         """Whether the optimizer takes the factors of a gradient in its place."""
         owner = self.owner()
         if owner is None or not self.takes(param) or _others_look(param):
             return False
-        return owner.on_factors(param, Factors.of(left.detach(), right.detach()))
+        return owner.on_factors(param, Factors.of(left.detach(), right.detach(), experts))
 
 
 def _link_hooks(param):
@@ -220,11 +230,11 @@ def _others_look(param):
 
 
 def _has_factors(param):
-    """Whether it may be the weight of a product: a plain matrix."""
+    """Whether it may be the weight of a product: a plain matrix, or what is one in memory."""
     return (
         type(param) in _PLAIN_OF
         and not sharding.is_sharded(param)  # its gradient is a sum over ranks
-        and param.ndim == 2
+        and param.ndim > 1
         and param.numel() > 0
         and param.is_contiguous()
         and (param.dtype in ops.DTYPES)
@@ -261,13 +271,9 @@ class _Watched:
                 if _in_autograd_function():
                     _saw_other(args, kwargs)
                 return func(*args, **kwargs)
-            if (operation := OPERATIONS.get(func)) is not None:
-                weight = operation.weight(args, kwargs)
-                watch = watch_of(weight) if isinstance(weight, _Watched) else None
-                if watch is not None and watch.takes(weight):
-                    result = operation.run(watch, *args, **kwargs)
-                    if result is not NotImplemented:
-                        return result
+            for other in (_product, _view):
+                if (result := other(func, args, kwargs)) is not NotImplemented:
+                    return result
             result = func(*args, **kwargs)
             if any(isinstance(r, torch.Tensor) and r.grad_fn is not None for r in _flat(result)):
                 _saw_other(args, kwargs)
@@ -316,8 +322,61 @@ def _make_plain(param):
     param.__class__ = _PLAIN_OF.get(type(param), type(param))
 
 
+class _View(_Watched):
+    """A view of a `weight` with experts; `expert`: of which, as experts.VIEWS says. For autograd it
+    is like any other view, so whoever does not look at the class uses the weight as always."""
+
+    def __reduce_ex__(self, protocol):
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)
+
+
+class _TensorView(_View, torch.Tensor):
+    pass
+
+
+class _FakeView(_View, FakeTensor):
+    pass
+
+
+_VIEWS = {torch.Tensor: _TensorView, FakeTensor: _FakeView}
+
+
+def _view(func, args, kwargs):
+    """The view of a weight that is told from other tensors; NotImplemented: it is another one."""
+    kind = experts.VIEWS.get(func)
+    if kind is None or kwargs or not isinstance(args[0], _Watched) or isinstance(args[0], _View):
+        return NotImplemented
+    weight, *where = args
+    watch = watch_of(weight) if weight.ndim == 3 else None
+    if watch is None or not watch.takes(weight) or (expert := kind(weight, *where)) is None:
+        return NotImplemented
+    view = func(weight, *where)
+    view.__class__ = _VIEWS[type(view)]
+    view.weight, view.expert = weight, expert
+    return view
+
+
+def _product(func, args, kwargs):
+    """What an operation of the table gives for a watched weight, else NotImplemented."""
+    operation = operation_of(func)
+    given = None if operation is None else operation.weight(args, kwargs)
+    if not isinstance(given, _Watched):
+        return NotImplemented
+    weight, run = given, operation.whole
+    if isinstance(given, _View):
+        weight = given.weight
+        run = operation.transposed if given.expert is experts.ALL else operation.expert
+    watch = watch_of(weight)
+    if run is None or watch is None or not watch.takes(weight):
+        return NotImplemented
+    return run(watch, *args, **kwargs)
+
+
 def _saw_other(args, kwargs):
     for param in _flat([*args, *kwargs.values()]):
+        if isinstance(param, _View):
+            param = param.weight
         if isinstance(param, _Watched):
             if (watch := watch_of(param)) is not None:
                 watch.saw_other(param)
