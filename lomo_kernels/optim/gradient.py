@@ -6,6 +6,7 @@ update comes from blocks of dW that are formed one after the other.
 Related: Book-Keeping (arXiv 2210.00038); zero-bubble pipelines (arXiv 2401.10241).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ class Factors(NamedTuple):
     left: torch.Tensor  # [tokens, rows], or [tokens] row numbers of an embedding
     right: torch.Tensor  # [tokens, cols]
     versions: tuple = ()
+    copies: Callable | None = None  # () -> copies: the memory of left and right is written again
 
     @classmethod
     def of(cls, left, right):
