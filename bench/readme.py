@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-from . import memory, performance, record, strategies
+from . import bench_compile, memory, performance, record, strategies
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,6 +53,7 @@ PAGES = {
         "strategies": strategies.table,
         "cards": memory.cards,
     },
+    "docs/compile.md": {"compile": bench_compile.table},
     "docs/memory.md": {"table1": memory.table1},
     "docs/strategies.md": {"strategies": strategies.whole_table},
 }

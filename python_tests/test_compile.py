@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+from pathlib import Path
 
 import models
 import pytest
@@ -208,6 +209,28 @@ def test_every_use_of_a_weight(case, kind):
             case.step(optimizer, result)
         models_of.append(model)
     assert models.same(models_of[1], models.snapshot(models_of[0]))
+
+
+def test_the_example():
+    page = (Path(__file__).parent.parent / "docs" / "compile.md").read_text()
+    code, given = page.split("```python\n")[1].split("```")[0], {}
+    exec(compile(code, "docs/compile.md", "exec"), given)
+    assert "4 weights kept factors" in given["optimizer"].explain()
+
+
+@pytest.mark.parametrize("place", ["inside", "outside"])
+def test_what_waits_beside_recomputed_activations(place):
+    """Of checkpointing inside the compiled code the optimizer knows after the first backward."""
+    model = net(f"checkpointed {place}")
+    optimizer = Lomo(model, clip_grad_norm=1.0, strategy="one_backward")
+    compile_blocks(model, TRACED)
+    beside = []
+    for number in range(2):
+        result = model(models.tokens(number, batch=1))
+        beside.append([each.beside for each in optimizer.would_wait()[1]])
+        optimizer.backward(result)
+    known = [False, *[True] * 4, False]  # of the blocks; not of the embedding and the last layer
+    assert beside == [known if place == "outside" else [False] * 6, known]
 
 
 @ways.cases("one_backward", "auto")

@@ -2,8 +2,8 @@
 
 Note [Compiled products]
 A compiled block is one node of autograd's graph, so the functions of products.py cannot be in it.
-While torch traces it, `PRODUCTS` puts operators in their place, whose Python runs whenever the
-compiled code comes to them:
+While torch traces it, they call operators, whose Python runs whenever the compiled code comes to
+them:
 
     y, handle = lomo::linear(x, weight, bias)            forward; the handle names the weight
     ticket    = lomo::ticket(x)                          backward; q, k and v share theirs
@@ -16,6 +16,7 @@ compiled code comes to them:
   merges equal calls of an operator without effects, so one input has one ticket, which carries the
   copy.
 - An operator that offers factors has an effect: torch neither removes nor merges nor moves it.
+  Two equal products in forward are merged: then "immediate", which counts them, raises.
 - The weight's tensor is no name for it: hooks on saved tensors (checkpointing) hand a detached one
   or a copy to backward.
 - dx is made before the factors are offered: the optimizer may update the weight at once.
@@ -61,7 +62,10 @@ def _run_linear(x, weight, bias, in_first):
 
 def _handle(weight, given, out):
     if (watch := watch_of(weight)) is not None and watch.takes(weight):
-        watch.saw_product(weight, given, out.nbytes)
+        if torch._C._current_graph_task_id() == -1:
+            watch.saw_product(weight, given, out.nbytes)
+        else:  # checkpointing inside the compiled code, of which forward does not know
+            watch.recomputes.add(id(weight))
     return torch.tensor(id(weight))
 
 

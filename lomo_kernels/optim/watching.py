@@ -74,6 +74,7 @@ class Watch:
         self._wants_factors = False
         self._params, self._handles = {}, {}  # by id, as long as they are attached
         self._matrices = set()
+        self.recomputes = set()  # ids of weights whose inputs compiled code makes again in backward
         self._last_input = lambda: None
         _WATCHES.add(self)
 
@@ -142,6 +143,7 @@ class Watch:
             param = self._params.pop(key)
             self._handles.pop(key).remove()
             self._matrices.discard(key)
+            self.recomputes.discard(key)
             self.usage.pop(key, None)
             _make_plain(param)
 
@@ -167,6 +169,7 @@ class Watch:
         self._last_input = weakref.ref(given)
         # Non-reentrant checkpointing drops what forward saves through these hooks.
         usage.recomputed |= torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        usage.recomputed |= id(param) in self.recomputes
 
     def saw_other(self, param):
         if self.wants_factors and id(param) in self._matrices:
@@ -427,11 +430,14 @@ _APPLY = torch.autograd.Function.apply.__func__.__code__
 
 def _in_autograd_function():
     """Whether the forward of an autograd function is running, which uses its arguments without
-    gradients; checkpointing's own is not meant: its backward runs the operations again."""
+    gradients. Checkpointing's own is not meant: its backward runs the operations again. Nor is that
+    of compiled code, whose uses were seen when it was traced."""
     frame = sys._getframe(2)
     while frame is not None:
         if frame.f_code is _APPLY:
-            return frame.f_locals["cls"] is not CheckpointFunction
+            function = frame.f_locals["cls"]
+            of_compiler = compiled.AVAILABLE and function.__module__.startswith("torch._functorch.")
+            return not of_compiler and function is not CheckpointFunction
         frame = frame.f_back
     return False
 
