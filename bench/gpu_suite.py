@@ -99,6 +99,7 @@ def tests(real):
         ("native", table + products, NATIVE, 120),
         ("triton", [*table, *products, "test_formats.py"], TRITON, 200),
         ("gpu", OPTIMIZER, None, 100),
+        ("compile", ["test_compile.py"], "cuda", 150),
     ):
         yield Step(name, pytest(paths, cases, real, seconds), seconds)
     yield Step("touch", "python -m bench.touch", 90)  # Triton compiles, which sanitizers slow down

@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-from . import memory, performance, record, strategies, study_table, summary
+from . import bench_compile, memory, performance, record, strategies, study_table, summary
 from .tables import origin, table
 
 ROOT = Path(__file__).parent.parent
@@ -36,6 +36,7 @@ PAGES = {
     "README.md": {"summary": summary.drawn},
     "docs/benchmarks.md": {"performance": performance.performance},
     "docs/clipping.md": {"strategies": strategies.drawn},
+    "docs/compile.md": {"compile": bench_compile.drawn},
     "docs/experts.md": {"experts": memory.experts},
     "docs/finetune.md": {"finetune": finetune},
     "docs/memory.md": {"cards": memory.cards, "table1": memory.table1},

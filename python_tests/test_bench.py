@@ -15,6 +15,7 @@ from bench import (
 )
 from bench import (
     bench_adalomo,
+    bench_compile,
     bench_grad_sumsq,
     bench_lomo_update,
     bench_product_sumsq,
@@ -174,6 +175,20 @@ def test_every_rival_makes_the_step(key):
         change = (want - old).abs().max()
         assert change > 1e-9
         assert (p - want).abs().max() <= 1e-5 * change
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_steps_are_rows(monkeypatch):
+    monkeypatch.setattr(bench_compile, "STEPS", 3)
+    monkeypatch.setattr(bench_compile, "BACKEND", "aot_eager")
+    chosen = {k: v for k, v in bench_compile.RIVALS.items() if k[1] == "one_backward" or not k[2]}
+    monkeypatch.setattr(bench_compile, "RIVALS", chosen)
+    rows = list(bench_compile.rows_of(bench_compile.cases(CPU)[0]))
+    held = {r["options"]: r["gradients_bytes"] for r in rows}
+    assert all(float(r["tokens_per_s"]) > 0 for r in rows)
+    ways = [f"one_backward, {way}" for way in ("eager", "compiled", "compiled, gradients")]
+    eager, compiled, gradients = (held[way] for way in ways)
+    assert eager == compiled < gradients < held["clip_grad_norm, eager"]
 
 
 PRODUCT = shapes.Products("product", ((24, 40, 0),), 9, updated=True)

@@ -653,7 +653,7 @@ def test_a_second_derivative():
     assert models.difference(model, expected) < 1e-6
 
 
-def test_compiled_code_leaves_ordinary_gradients():
+def test_compiled_code():
     model, expected = build(Plain), build(Plain)
     optimizer = Lomo(model, lr=LR, clip_grad_norm=CLIP)
     compiled = torch.compile(model, backend="aot_eager")

@@ -14,6 +14,7 @@ Related: Book-Keeping (arXiv 2210.00038); zero-bubble pipelines (arXiv 2401.1024
 
 import itertools
 from collections import defaultdict
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -56,6 +57,7 @@ class Factors(NamedTuple):
     right: torch.Tensor  # [tokens, cols]
     experts: int | Ends | None = None  # of a weight with experts: the one; which tokens are whose
     versions: tuple = ()
+    copies: Callable | None = None  # () -> copies: the memory of left and right is written again
 
     @classmethod
     def of(cls, left, right, experts=None):

@@ -63,6 +63,18 @@ REPLACED_LATE = (
     "the parameters of the optimizer were replaced after its first step: make a new optimizer, and "
     "load its state_dict"
 )
+NOT_FORMED = (
+    "torch.autograd.grad() asks for the gradient of a weight that compiled code has used, where "
+    "factors take its place: call backward() and read `.grad`, or run the model uncompiled"
+)
+LATE_HOOK = (
+    "a hook on a weight wants its gradient, but came after the forward of compiled code that forms "
+    "none: register the hook before the forward"
+)
+UNWATCHED = (
+    "compiled code offers the factors of a weight whose optimizer was removed between forward and "
+    "backward, and nobody is there to form its gradient: run the forward again"
+)
 
 
 # -- models and parameters -------------------------------------------------------------------------
@@ -172,8 +184,8 @@ def explained(error):
     if "donated buffers" in text:
         return (
             "two backwards need the buffers that compiled code gives away in the first: set "
-            "torch._functorch.config.donated_buffer = False before the model is compiled, or take "
-            "strategy='one_backward'"
+            "torch._functorch.config.donated_buffer = False before the first forward of the "
+            "compiled model, or take strategy='one_backward'"
         )
     return None
 

@@ -21,6 +21,7 @@ class Operation(NamedTuple):
     whole: Callable | None = None  # (watch, *arguments of the operation)
     expert: Callable | None = None
     transposed: Callable | None = None
+    is_compiled: bool = False  # `whole` knows torch.compile (compiled.py)
 
     def weight(self, args, kwargs):
         return args[self.place] if len(args) > self.place else kwargs.get(self.name)
@@ -31,10 +32,10 @@ def _grouped(run, name):
 
 
 _MATMUL = Operation(1, "other", expert=experts.matmul)
-_OPERATIONS = {
-    F.linear: Operation(1, "weight", products.linear, expert=experts.linear),
-    torch.addmm: Operation(2, "mat2", products.addmm),  # Conv1D of GPT-2
-    F.embedding: Operation(1, "weight", products.embedding),
+OPERATIONS = {
+    F.linear: Operation(1, "weight", products.linear, expert=experts.linear, is_compiled=True),
+    torch.addmm: Operation(2, "mat2", products.addmm, is_compiled=True),  # Conv1D of GPT-2
+    F.embedding: Operation(1, "weight", products.embedding, is_compiled=True),
     F.conv1d: Operation(1, "weight", convolutions.convolution(1)),
     F.conv2d: Operation(1, "weight", convolutions.convolution(2)),
     torch.matmul: _MATMUL,
@@ -42,15 +43,15 @@ _OPERATIONS = {
     torch.Tensor.__matmul__: _MATMUL,
 }
 if experts.GROUPED_MM is not None:
-    _OPERATIONS[experts.GROUPED_MM] = _grouped(experts.GROUPED_MM, "mat2")
+    OPERATIONS[experts.GROUPED_MM] = _grouped(experts.GROUPED_MM, "mat2")
 # Operators that other libraries define when they are imported.
 _GROUPED = {"transformers.grouped_mm_fallback": "weight"}
 
 
 def operation_of(function):
     """The row of a function, or None."""
-    found = _OPERATIONS.get(function)
+    found = OPERATIONS.get(function)
     is_operator = found is None and isinstance(function, torch._ops.OpOverloadPacket)
     if is_operator and (name := _GROUPED.get(str(function))) is not None:
-        found = _OPERATIONS[function] = _grouped(function, name)
+        found = OPERATIONS[function] = _grouped(function, name)
     return found

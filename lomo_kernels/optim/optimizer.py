@@ -616,8 +616,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Args:
             loss: leaves out weights that its graph does not hold. None: a weight that no watched
-                operation used counts as one whose gradient is whole (compiled code, functions in
-                C++ and autograd functions are not seen).
+                operation used counts as one whose gradient is whole (functions in C++ and autograd
+                functions are not seen).
 
         Returns:
             Lists of `choosing.Waits` of vectors and scalars, and of the weights of watched

@@ -5,7 +5,9 @@ applies an autograd function, which offers the factors in backward. It answers N
 arguments that it does not know; the operation then runs as always.
 
 `watch` is the Watch of the weight: `watch.saw_product(weight, input, output_bytes)` in forward, and
-`watch.take(weight, left, right)` in backward, which says whether the factors are taken.
+`watch.take(weight, left, right)` in backward, which says whether the factors are taken. It is None
+while torch.compile traces: an operator of compiled.py is then what runs, for the entries that have
+`is_compiled`.
 """
 
 import contextlib
@@ -49,6 +51,8 @@ def linear(watch, input, weight, bias=None):
         return NotImplemented
     kind = input.device.type
     input = autocast(input, kind)
+    if watch is None:
+        return torch.ops.lomo.linear(input, weight, autocast(bias, kind), False)[0]
     tokens = input.numel() // max(1, input.shape[-1])
     watch.saw_product(weight, input, tokens * weight.shape[0] * input.element_size())
     return Linear.apply(input, weight, autocast(bias, kind), watch, False)
@@ -59,6 +63,8 @@ def addmm(watch, input, mat1, mat2, *, beta=1, alpha=1, out=None):
         return NotImplemented
     kind = mat1.device.type
     mat1 = autocast(mat1, kind)
+    if watch is None:
+        return torch.ops.lomo.linear(mat1, mat2, autocast(input, kind), True)[0]
     watch.saw_product(mat2, mat1, mat1.shape[0] * mat2.shape[1] * mat1.element_size())
     return Linear.apply(mat1, mat2, autocast(input, kind), watch, True)
 
@@ -71,11 +77,13 @@ def embedding(
         return NotImplemented
     if type(input) not in (torch.Tensor, FakeTensor):
         return NotImplemented
-    watch.saw_product(weight, input, input.numel() * weight.shape[1] * weight.element_size())
     if padding_idx is None:
         padding_idx = -1
     elif padding_idx < 0:
         padding_idx += weight.shape[0]
+    if watch is None:
+        return torch.ops.lomo.embedding(input, weight, padding_idx)[0]
+    watch.saw_product(weight, input, input.numel() * weight.shape[1] * weight.element_size())
     return _Embedding.apply(input, weight, padding_idx, watch)
 
 
@@ -142,6 +150,11 @@ class Linear(torch.autograd.Function):
         return dx, dw, db, None, None, None
 
 
+def without_padding(ids, right, padding):
+    """The right factor of an embedding, whose padding row gets no gradient."""
+    return right if padding < 0 else right.masked_fill((ids == padding)[:, None], 0.0)
+
+
 class _Embedding(torch.autograd.Function):
     """F.embedding: row number `ids` of the weight for each token."""
 
@@ -156,8 +169,7 @@ class _Embedding(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
         rows, padding = ctx.weight.shape[0], ctx.padding_idx
         left, right = ids.reshape(-1), grad.reshape(-1, grad.shape[-1])
-        if padding >= 0:
-            right = right.masked_fill((left == padding)[:, None], 0.0)
+        right = without_padding(left, right, padding)
         dw = None
         if offer(ctx, left, right):
             dw = torch.ops.aten.embedding_dense_backward(grad, ids, rows, padding, False)

@@ -170,7 +170,7 @@ class Step:
                 f"{self._optimizer.name_of(param)} received a second gradient in one step: call "
                 "step() after each backward, or put the earlier ones of a step under "
                 "`with optimizer.accumulate():`; if there was one backward, an operation that the "
-                "optimizer cannot see (compiled code) uses this weight too: take "
+                "optimizer cannot see or count uses this weight too: take "
                 "strategy='one_backward'"
             )
 

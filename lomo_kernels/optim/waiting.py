@@ -5,7 +5,7 @@ from collections import Counter
 import torch
 
 from .choosing import factors_are_smaller, size
-from .gradient import Ends, Gradient
+from .gradient import Ends, Factors, Gradient
 
 
 class Waiting(dict):
@@ -43,6 +43,8 @@ class Waiting(dict):
                 gradient.dense, gradient.factors = gradient.whole(param.dtype), []
                 self.nbytes += gradient.nbytes - before
             return False
+        if factors.copies is not None:
+            factors = Factors.of(*factors.copies())
         self.setdefault(id(param), Gradient(param)).factors.append(factors)
         self.nbytes += factors.nbytes
         return True

@@ -12,8 +12,9 @@ operation that takes the parameter:
 No module is changed, subclasses that scale or wrap the plain product work, the quantised or adapted
 weight of a layer is left alone, checkpointing's recomputation is seen, and copies and saved files
 hold plain parameters.
-Not seen: code that torch.compile has compiled, and operators in C++ that take the weight without a
-call from Python. They leave an ordinary gradient, which waits or is used as a whole.
+While torch.compile traces, operators of compiled.py take the place of products: see its Note.
+Not seen: operators in C++ that take the weight without a call from Python. They leave an ordinary
+gradient, which waits or is used as a whole.
 
 The parameter itself carries the link to its Watch: the hook in its own dict of hooks. So no table
 of ids can outlive a parameter, and torch.utils.swap_tensors, which refuses weak references, works.
@@ -29,10 +30,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import CheckpointFunction
 
 from .. import ops
-from . import experts, sharding
+from . import compiled, experts, notices, sharding
 from .choosing import factors_are_smaller
 from .gradient import Factors
-from .operations import operation_of
+from .operations import OPERATIONS, operation_of
 
 
 def unwatched(function):
@@ -74,10 +75,12 @@ class Watch:
     def __init__(self, owner):
         self.owner = weakref.ref(owner)
         self.usage = defaultdict(Usage)
-        self.wants_factors = False
+        self._wants_factors = False
         self._params, self._handles = {}, {}  # by id, as long as they are attached
         self._matrices = set()
+        self.recomputes = set()  # ids of weights whose inputs compiled code makes again in backward
         self._last_input = lambda: None
+        _WATCHES.add(self)
 
     # -- which parameters --------------------------------------------------------------------------
 
@@ -104,6 +107,7 @@ class Watch:
             self._attach(param)
             if _has_factors(param):
                 self._matrices.add(id(param))
+                self._mark(param)
         return others
 
     def _attach(self, param):
@@ -112,11 +116,30 @@ class Watch:
         # Other subclasses have reasons of their own (quantised): only the hook is theirs.
         param.__class__ = _watched_class(type(param))
 
+    @property
+    def wants_factors(self):
+        """Whether factors are looked for at all."""
+        return self._wants_factors
+
+    @wants_factors.setter
+    def wants_factors(self, wants):
+        if wants is not self._wants_factors:
+            self._wants_factors = wants
+            for key in self._matrices:
+                self._mark(self._params[key])
+
+    def _mark(self, param):
+        """Tells code that is compiled from now on whether the weight gives factors."""
+        if isinstance(param, _WatchedParameter):
+            gives = self._wants_factors and not _others_look(param)
+            param.__class__ = _WatchedWeight if gives else _WatchedParameter
+
     def come_last(self, param):
         """Another hook was added: it has to find `.grad` before this one takes it."""
         if (handle := self._handles.pop(id(param), None)) is not None:
             handle.remove()
             self._handles[id(param)] = param.register_post_accumulate_grad_hook(self)
+            self._mark(param)
 
     def release(self, keep=()):
         """Leaves plain parameters behind, except those whose ids are in `keep`."""
@@ -124,6 +147,7 @@ class Watch:
             param = self._params.pop(key)
             self._handles.pop(key).remove()
             self._matrices.discard(key)
+            self.recomputes.discard(key)
             self.usage.pop(key, None)
             _make_plain(param)
 
@@ -151,7 +175,7 @@ class Watch:
         self._last_input = weakref.ref(given)
         # Non-reentrant checkpointing drops what forward saves through these hooks.
         is_packed = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-        usage.beside |= is_packed or copied > 0
+        usage.beside |= is_packed or copied > 0 or id(param) in self.recomputes
 
     def saw_other(self, param):
         if self.wants_factors and id(param) in self._matrices:
@@ -193,12 +217,37 @@ class Watch:
             owner.on_gradient(param)
 
     @unwatched
-    def take(self, param, left, right, experts=None):
-        """Whether the optimizer takes the factors of a gradient in its place."""
+    def take(self, param, left, right, experts=None, copies=None):
+        """Whether the optimizer takes the factors of a gradient in its place. `copies`: see
+        `receive`."""
         owner = self.owner()
         if owner is None or not self.takes(param) or _others_look(param):
             return False
-        return owner.on_factors(param, Factors.of(left.detach(), right.detach(), experts))
+        factors = Factors.of(left.detach(), right.detach(), experts)
+        return owner.on_factors(param, factors._replace(copies=copies))
+
+    @unwatched
+    def receive(self, param, left, right, copies, form):
+        """The factors of a gradient that compiled code has not formed: what is not taken is formed
+        and accumulated here, where the hook finds it.
+
+        Args:
+            copies: () -> left and right in memory of their own, which may be kept.
+            form: () -> the gradient.
+        """
+        accumulate = torch.autograd.graph.get_gradient_edge(param).node
+        try:
+            if not torch._C._will_engine_execute_node(accumulate):
+                return  # of backward(inputs=...)
+        except RuntimeError:
+            raise RuntimeError(notices.NOT_FORMED) from None
+        with torch.no_grad():
+            if self.take(param, left, right, copies=copies):
+                return
+            if param._backward_hooks and _others_look(param):
+                raise RuntimeError(notices.LATE_HOOK)
+            grad = form()
+            param.grad = grad if param.grad is None else param.grad.add_(grad)
 
 
 def _link_hooks(param):
@@ -215,6 +264,21 @@ def watch_of(param):
         if type(hook) is Watch:
             return hook if hook.owner() is not None else None
     return None
+
+
+_WATCHES = weakref.WeakSet()
+
+
+def _watched(key):
+    """(Watch, parameter) of the parameter with this id."""
+    for watch in list(_WATCHES):
+        if (param := watch._params.get(key)) is not None:
+            return watch, param
+    raise RuntimeError(notices.UNWATCHED)
+
+
+# The operators get tensors alone.
+compiled.watch_of, compiled.watched = watch_of, _watched
 
 
 def observes(hook):
@@ -263,9 +327,11 @@ class _Watched:
             kwargs = {k: _edges(v) for k, v in kwargs.items()}
             return func(*(_edges(a) for a in args), **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
+            if torch.compiler.is_compiling():
+                return _traced(func, args, kwargs)
             if (seen := _SEEN.get(func)) is not None:
                 return seen(func, *args, **kwargs)
-            if torch.compiler.is_compiling() or torch._C._is_tracing():
+            if torch._C._is_tracing():
                 return func(*args, **kwargs)
             if not torch.is_grad_enabled():
                 if _in_autograd_function():
@@ -286,6 +352,10 @@ class _WatchedParameter(_Watched, torch.nn.Parameter):
 
     # torch.nn.Parameter(param) marks what `detach` below returns: the mark makes it plain.
     _is_param = property(lambda self: False, lambda self, value: _make_plain(self))
+
+
+class _WatchedWeight(_WatchedParameter):
+    """Gives factors in compiled code. torch compiles again when a weight's class has changed."""
 
 
 class _WatchedTensor(_Watched, torch.Tensor):
@@ -309,6 +379,7 @@ _WATCHED = {
     FakeTensor: _WatchedFake,
 }
 _PLAIN_OF = {watched: plain for plain, watched in _WATCHED.items()}
+_PLAIN_OF[_WatchedWeight] = torch.nn.Parameter
 
 
 def _watched_class(kind):
@@ -373,6 +444,26 @@ def _product(func, args, kwargs):
     return run(watch, *args, **kwargs)
 
 
+def _traced(func, args, kwargs):
+    """The operation as torch.compile or torch.export traces it."""
+    # The flag itself: in traced code is_exporting() is always True with torch 2.11.
+    if not compiled.AVAILABLE or torch.compiler._is_exporting_flag or not torch.is_grad_enabled():
+        return func(*args, **kwargs)
+    if (operation := OPERATIONS.get(func)) is not None and operation.is_compiled:
+        weight = operation.weight(args, kwargs)
+        if isinstance(weight, _WatchedWeight) and weight.requires_grad:
+            result = operation.whole(None, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
+    result = func(*args, **kwargs)
+    if isinstance(result, torch.Tensor) and result.requires_grad:
+        for weight in _flat([*args, *kwargs.values()]):
+            if isinstance(weight, _WatchedWeight):
+                with torch.no_grad():
+                    torch.ops.lomo.saw_other(weight)
+    return result
+
+
 def _saw_other(args, kwargs):
     for param in _flat([*args, *kwargs.values()]):
         if isinstance(param, _View):
@@ -397,11 +488,14 @@ _APPLY = torch.autograd.Function.apply.__func__.__code__
 
 def _in_autograd_function():
     """Whether the forward of an autograd function is running, which uses its arguments without
-    gradients; checkpointing's own is not meant: its backward runs the operations again."""
+    gradients. Checkpointing's own is not meant: its backward runs the operations again. Nor is that
+    of compiled code, whose uses were seen when it was traced."""
     frame = sys._getframe(2)
     while frame is not None:
         if frame.f_code is _APPLY:
-            return frame.f_locals["cls"] is not CheckpointFunction
+            function = frame.f_locals["cls"]
+            of_compiler = compiled.AVAILABLE and function.__module__.startswith("torch._functorch.")
+            return not of_compiler and function is not CheckpointFunction
         frame = frame.f_back
     return False
 
@@ -466,6 +560,7 @@ _SEEN = {
     torch.Tensor.grad.__delete__: _write_grad,
     torch.Tensor.data.__get__: _data,
     torch.Tensor.data.__set__: _data,
+    torch.Tensor.register_hook: _add_hook,
     torch.Tensor.register_post_accumulate_grad_hook: _add_hook,
     torch.Tensor.detach: _detach,
 }
