@@ -34,6 +34,7 @@ def finetune():
 
 PAGES = {
     "README.md": {"summary": summary.drawn},
+    "docs/adapters.md": {"adapters": memory.adapters},
     "docs/benchmarks.md": {"performance": performance.performance},
     "docs/clipping.md": {"strategies": strategies.drawn},
     "docs/compile.md": {"compile": bench_compile.drawn},

@@ -108,7 +108,7 @@ def test_shapes_of_bench_need_no_transformers():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-@pytest.mark.parametrize(("name", "contract"), ops.OPERATIONS.items(), ids=str)
+@pytest.mark.parametrize(("name", "contract"), ops.OPERATIONS.items(), ids=list(ops.OPERATIONS))
 def test_the_files_of_an_operation_have_its_name(name, contract):
     assert contract.__module__ == f"lomo_kernels.ops.{name}"
     assert contract.__name__ in ops.__all__
