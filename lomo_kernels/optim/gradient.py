@@ -181,7 +181,7 @@ class Gradient:
         if not self.has_experts:
             return [[(f.left, f.right) for f in self.factors]]
         products = [[] for _ in range(self.param.shape[0])]
-        for left, right, experts, _ in self.factors:
+        for left, right, experts, *_ in self.factors:
             if isinstance(experts, int):
                 products[experts].append((left, right))
                 continue
