@@ -71,6 +71,7 @@ def jobs(where):
         yield job(2, case)
         for dtype in (torch.float16, torch.float32):
             yield job(6, case._replace(dtype=dtype, grad_dtype=dtype))
+    yield job(4, shapes.experts(where.largest))
     for case in others:
         yield job(7, case)
 

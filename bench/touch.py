@@ -21,7 +21,8 @@ FEW = PAIRS[:2]  # for Triton, which compiles a kernel for each
 SIZES = (1, 257, 40_001)
 MANY = [1 + n % 9 for n in range(600)]  # tensors, more than a table holds
 MATRICES = ((1, 1), (65, 257), (3, 65, 257), (777,))  # tiles have 64 rows and 256 columns
-VECTORS = [(1 + n % 300,) for n in range(70)]  # likewise
+VECTORS = [(1 + n % 300,) for n in range(140)]  # more than a table holds of AdaLomo's
+EXPERTS = [(1 + n % 70, 1 + n % 9) for n in range(140)]
 SKIPPED = {"skip": 1.0}
 OPTIONS = {"weight_decay": 0.1, "clip_value": 0.5}
 
@@ -133,7 +134,7 @@ def decisions(check, pairs):
 def adalomo(check, pairs):
     for param, grad in pairs:
         for rounding in roundings(param):
-            for shapes in (*([shape] for shape in MATRICES), VECTORS):
+            for shapes in (*([shape] for shape in MATRICES), VECTORS, EXPERTS):
                 skip = SKIPPED if shapes == [(65, 257)] and rounding == "nearest" else {}
                 params = [numbers(*s, dtype=param, shift=len(s) - 1) for s in shapes]
                 grads = [numbers(*s, dtype=grad, shift=len(s) - 1) for s in shapes]

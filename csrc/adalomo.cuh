@@ -10,9 +10,10 @@ namespace lomo::cuda {
 
 static_assert(kTileCols == kThreads && kTileRows == 8 * kAdaLanes && kThreads / 32 == kAdaLanes);
 
-constexpr int kAdaMany = 64;  // tensors of less than two dimensions in one launch
-
 inline int64_t blocks_of(const AdaItem& t) { return t.tiles; }
+inline int64_t moment_blocks_of(const AdaItem& t) {
+  return t.batch * (t.row_groups + t.col_groups);
+}
 
 struct AdaUpdate {
   AdaArgs args;
@@ -20,7 +21,8 @@ struct AdaUpdate {
 
   explicit AdaUpdate(const AdaArgs& a) : args(a), key(a.seed) {}
 };
-static_assert(sizeof(Table<AdaItem, kAdaMany>) + sizeof(AdaUpdate) < 32764);
+static_assert(sizeof(Table<AdaItem, Launch::kAdaMany>) + sizeof(AdaUpdate) <
+              Launch::kArgumentBytes);
 
 // Eight consecutive elements in a row of a tile.
 struct Eight {
@@ -98,13 +100,16 @@ __device__ __forceinline__ int row_of_lane(int lane) {
 
 // First sweep: squares of the gradient by rows and columns of the tile. kClips: whether clipping by
 // value may make a finite number of an infinite one; without it an infinity shows in the sums.
-template <typename G, bool kClips>
+template <typename G, bool kClips, int kCapacity>
 __global__ void __launch_bounds__(kThreads)
-    ada_stats_kernel(const __grid_constant__ AdaItem t, const __grid_constant__ AdaArgs args) {
-  const TilePlace at(t, blockIdx.x);
+    ada_stats_kernel(const __grid_constant__ Table<AdaItem, kCapacity> table,
+                     const __grid_constant__ AdaArgs args) {
+  const int item = table.find(blockIdx.x);
+  const AdaItem& t = table.item[item];
+  const TilePlace at(t, blockIdx.x - table.first_block[item]);
   auto* grad = static_cast<const typename G::Bits*>(t.grad);
   const AdaRule rule = rule_of(args, *t.step);
-  constexpr int kAtOnce = 8 / int(sizeof(typename G::Bits));  // 64 bytes of loads in flight
+  constexpr int kAtOnce = Launch::kStatsBytes / int(8 * sizeof(typename G::Bits));  // rows
   float column[8] = {};
   bool finite = true;
 #pragma unroll 1
@@ -146,10 +151,15 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // The moments to be, of 256 rows or columns, a thread each.
+template <int kCapacity>
 __global__ void __launch_bounds__(kThreads)
-    ada_moments_kernel(const __grid_constant__ AdaItem t, const __grid_constant__ AdaArgs args) {
+    ada_moments_kernel(const __grid_constant__ Table<AdaItem, kCapacity> table,
+                       const __grid_constant__ AdaArgs args) {
+  const int item = table.find(blockIdx.x);
+  const AdaItem& t = table.item[item];
   const int64_t groups = t.row_groups + t.col_groups;
-  const int64_t batch = blockIdx.x / groups, place = blockIdx.x % groups;
+  const int64_t block = blockIdx.x - table.first_block[item];
+  const int64_t batch = block / groups, place = block % groups;
   const bool rows = place < t.row_groups;
   const int64_t i = (rows ? place : place - t.row_groups) * kTileCols + threadIdx.x;
   const int64_t size = rows ? t.rows : t.cols, other = rows ? t.cols : t.whole_rows;
@@ -344,7 +354,7 @@ __global__ void __launch_bounds__(kThreads)
     if (at.ti == 0 && j < t.cols) t.col[at.batch * t.cols + j] = t.new_col[at.batch * t.cols + j];
   }
   float lane[8] = {};
-  constexpr int kAtOnce = 2;  // one row's loads in flight would not cover their latency
+  constexpr int kAtOnce = Launch::kAdaRows;
 #pragma unroll 1
   for (int begin = 0; begin < kSteps; begin += kAtOnce) {
     EightOf<P> p[kAtOnce];

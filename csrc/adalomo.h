@@ -51,12 +51,9 @@ struct AdaItem : AdaRef {
   float *told, *told_cols;           // where sums for the other ranks go; null: nowhere
 };
 
-struct AdaSizes {
-  int64_t kept, passing;
-};
-
-inline AdaItem item_of(const AdaRef& ref, int64_t whole_rows, int64_t offset, float* passing,
-                       AdaSizes* sizes = nullptr) {
+// `passing`: of memory of its own; null: it follows what is kept.
+inline AdaItem item_of(const AdaRef& ref, int64_t whole_rows, int64_t offset, float* kept,
+                       float* passing, AdaSizes* sizes = nullptr) {
   AdaItem t{};
   static_cast<AdaRef&>(t) = ref;
   t.whole_rows = whole_rows, t.offset = offset;
@@ -65,7 +62,7 @@ inline AdaItem item_of(const AdaRef& ref, int64_t whole_rows, int64_t offset, fl
   t.tiles = t.batch * t.down * t.across;
   if (t.tiles == 0) t.tiles = 1;  // an empty tensor has a sum, too
   t.row_groups = parts_of(t.rows, kTileCols), t.col_groups = parts_of(t.cols, kTileCols);
-  float* next = t.scratch;
+  float* next = kept;
   int64_t size = 0;
   const auto take = [&](float*& place, int64_t count) {
     if (next) place = next + size;
@@ -78,22 +75,20 @@ inline AdaItem item_of(const AdaRef& ref, int64_t whole_rows, int64_t offset, fl
     take(t.new_col, t.batch * t.cols);
     take(t.means, t.batch * t.row_groups);
   }
-  const int64_t kept = size;
+  const int64_t stays = size;
   if (passing) next = passing, size = 0;
   const int64_t before = size;
   if (t.factored) {
     take(t.row_parts, t.batch * t.across * t.rows);
     take(t.col_parts, t.batch * t.down * t.cols);
   }
-  if (sizes) *sizes = {kept, size - before};
+  if (sizes) *sizes = {stays, size - before};
   return t;
 }
 
-inline AdaItem item_of(const AdaRef& ref) { return item_of(ref, ref.rows, 0, nullptr); }
-
 // A part in the first call, whose sums go into the message.
 inline AdaItem telling(const AdaPart& part, const AdaMessages& messages) {
-  AdaItem t = item_of(part, part.whole_rows, part.offset, part.passing);
+  AdaItem t = item_of(part, part.whole_rows, part.offset, part.kept, part.passing);
   t.told = messages.statistics + part.slot;
   if (part.joined) t.told_cols = t.told + 2;
   return t;
@@ -101,7 +96,7 @@ inline AdaItem telling(const AdaPart& part, const AdaMessages& messages) {
 
 // Its columns afterwards: the sums over the ranks are one part of each column.
 inline AdaItem columns_of(const AdaPart& part, const AdaMessages& messages) {
-  AdaItem t = item_of(part, part.whole_rows, part.offset, nullptr);
+  AdaItem t = item_of(part, part.whole_rows, part.offset, part.kept, nullptr);
   t.col_parts = messages.statistics + part.slot + 2;
   t.down = 1, t.row_groups = 0;
   return t;
@@ -109,7 +104,7 @@ inline AdaItem columns_of(const AdaPart& part, const AdaMessages& messages) {
 
 // It in the second and third sweep: the sum over the ranks is the one group of rows.
 inline AdaItem told(const AdaPart& part, const AdaMessages& messages) {
-  AdaItem t = item_of(part, part.whole_rows, part.offset, nullptr);
+  AdaItem t = item_of(part, part.whole_rows, part.offset, part.kept, nullptr);
   if (part.joined) t.means = messages.statistics + part.slot + 1, t.row_groups = 1;
   t.told = messages.squares + part.number;
   return t;

@@ -46,7 +46,7 @@ Fields<Struct> adalomo_fields() {
   Fields<Struct> fields;
   fields.add("param", &AdaRef::param).add("grad", &AdaRef::grad).add("low", &AdaRef::low);
   fields.add("row", &AdaRef::row).add("col", &AdaRef::col).add("step", &AdaRef::step);
-  fields.add("sums", &AdaRef::sums).add("scratch", &AdaRef::scratch);
+  fields.add("sums", &AdaRef::sums);
   fields.add("batch", &AdaRef::batch).add("rows", &AdaRef::rows).add("cols", &AdaRef::cols);
   fields.add("numel", &AdaRef::numel).add("param_id", &AdaRef::param_id);
   return fields.add("factored", &AdaRef::factored);
@@ -60,7 +60,9 @@ py::dict structs() {
   Fields<GradRef> grad;
   grad.add("grad", &GradRef::grad).add("numel", &GradRef::numel);
   Fields<AdaPart> part = adalomo_fields<AdaPart>();
-  part.add("passing", &AdaPart::passing).add("offset", &AdaPart::offset);
+  part.add("kept", &AdaPart::kept)
+      .add("passing", &AdaPart::passing)
+      .add("offset", &AdaPart::offset);
   part.add("whole_rows", &AdaPart::whole_rows).add("whole_numel", &AdaPart::whole_numel);
   part.add("joined", &AdaPart::joined).add("slot", &AdaPart::slot);
   part.add("number", &AdaPart::number);
@@ -157,6 +159,15 @@ auto adalomo(Status (*run)(const Ref*, int64_t, DType, DType, Rounding, const Ad
   };
 }
 
+// All functions of the CPU take a number of threads; a decision needs one.
+Status cpu_decide(const DecideArgs& args, int) { return cpu::decide(args); }
+
+Status cpu_adalomo_update(const AdaRef* t, int64_t count, DType param, DType grad,
+                          Rounding rounding, const AdaArgs& args, uintptr_t scratch, int threads) {
+  return cpu::adalomo_update(t, count, param, grad, rounding, args, pointer<float>(scratch),
+                             threads);
+}
+
 Status cpu_adalomo_parts(const AdaPart* t, int64_t count, DType param, DType grad,
                          Rounding rounding, const AdaArgs& args, int call, uintptr_t statistics,
                          uintptr_t squares, int threads) {
@@ -181,8 +192,9 @@ Status cuda_lomo_update(const TensorRef* t, int64_t count, DType param, DType gr
 }
 
 Status cuda_grad_sumsq(const GradRef* t, int64_t count, DType grad, const SumsqArgs& args,
-                       int device, uintptr_t stream) {
-  return cuda::grad_sumsq(t, count, grad, args, device, pointer<void>(stream));
+                       uintptr_t counters, bool fresh, int device, uintptr_t stream) {
+  const Tickets tickets{pointer<uint32_t>(counters), fresh};
+  return cuda::grad_sumsq(t, count, grad, args, tickets, device, pointer<void>(stream));
 }
 
 Status cuda_decide(const DecideArgs& args, int device, uintptr_t stream) {
@@ -190,8 +202,10 @@ Status cuda_decide(const DecideArgs& args, int device, uintptr_t stream) {
 }
 
 Status cuda_adalomo_update(const AdaRef* t, int64_t count, DType param, DType grad,
-                           Rounding rounding, const AdaArgs& args, int device, uintptr_t stream) {
-  return cuda::adalomo_update(t, count, param, grad, rounding, args, device, pointer<void>(stream));
+                           Rounding rounding, const AdaArgs& args, uintptr_t scratch, int device,
+                           uintptr_t stream) {
+  return cuda::adalomo_update(t, count, param, grad, rounding, args, pointer<float>(scratch),
+                              device, pointer<void>(stream));
 }
 
 Status cuda_adalomo_parts(const AdaPart* t, int64_t count, DType param, DType grad,
@@ -207,35 +221,32 @@ Status cuda_adalomo_sums(const AdaRef& t, DType param, int device, uintptr_t str
 }
 #endif
 
-using Arg = py::arg;
-
-// The names of a function's arguments; `where` are those of the trailing ones.
-template <typename Function, typename... Where>
-void def_lomo_update(py::module_& m, const char* name, Function run, Where... where) {
-  m.def(name, run, Arg("rows"), Arg("count"), Arg("param"), Arg("grad"), Arg("rounding"), Arg("lr"),
-        Arg("decay"), Arg("clip_value"), Arg("step"), Arg("seed"), Arg("inv_scale"),
-        Arg("clip_coef"), Arg("found_inf"), Arg("skip"), where...);
-}
-
-template <typename Function, typename... Where>
-void def_grad_sumsq(py::module_& m, const char* name, Function run, Where... where) {
-  m.def(name, run, Arg("rows"), Arg("count"), Arg("grad"), Arg("inv_scale"), Arg("found_inf"),
-        Arg("sumsq"), Arg("partials"), where...);
-}
-
-template <typename Function, typename... Where>
-void def_decide(py::module_& m, const char* name, Function run, Where... where) {
-  m.def(name, run, Arg("decisions"), Arg("out"), Arg("sumsq"), Arg("count"), Arg("found_inf"),
-        Arg("flags"), Arg("max_norm"), Arg("min_scale"), Arg("growth_factor"),
-        Arg("backoff_factor"), Arg("growth_interval"), where...);
-}
-
-template <typename Function, typename... Where>
-void def_adalomo(py::module_& m, const char* name, Function run, Where... where) {
-  m.def(name, run, Arg("rows"), Arg("count"), Arg("param"), Arg("grad"), Arg("rounding"), Arg("lr"),
-        Arg("weight_decay"), Arg("eps_square"), Arg("eps_rms"), Arg("clip_threshold"),
-        Arg("clip_value"), Arg("seed"), Arg("inv_scale"), Arg("clip_coef"), Arg("found_inf"),
-        Arg("skip"), Arg("weights"), Arg("weights_count"), where...);
+// The arguments of each function by name, in their order, without those that say where to run.
+// Python fills them by name.
+py::dict arguments() {
+  using Names = std::vector<std::string>;
+  Names adalomo = {"rows",       "count",        "param",        "grad",      "rounding",
+                   "lr",         "weight_decay", "eps_square",   "eps_rms",   "clip_threshold",
+                   "clip_value", "seed",         "inv_scale",    "clip_coef", "found_inf",
+                   "skip",       "weights",      "weights_count"};
+  const auto with = [&](const Names& more) {
+    Names all = adalomo;
+    all.insert(all.end(), more.begin(), more.end());
+    return all;
+  };
+  py::dict found;
+  found["lomo_update"] =
+      Names{"rows",       "count", "param", "grad",      "rounding",  "lr",        "decay",
+            "clip_value", "step",  "seed",  "inv_scale", "clip_coef", "found_inf", "skip"};
+  found["grad_sumsq"] =
+      Names{"rows", "count", "grad", "inv_scale", "found_inf", "sumsq", "partials"};
+  found["decide"] =
+      Names{"decisions", "out",       "sumsq",         "count",          "found_inf",      "flags",
+            "max_norm",  "min_scale", "growth_factor", "backoff_factor", "growth_interval"};
+  found["adalomo_update"] = with({"scratch"});
+  found["adalomo_parts"] = with({"call", "statistics", "squares"});
+  found["adalomo_sums"] = Names{"row", "param"};
+  return found;
 }
 
 }  // namespace
@@ -255,41 +266,37 @@ PYBIND11_MODULE(_C, m) {
   m.attr("roundings") = roundings;
   m.attr("adalomo_calls") = calls;
   m.attr("norm_chunk") = kNormChunk;
+  m.attr("tickets") = kTickets;
   m.attr("structs") = structs();
+  m.attr("arguments") = arguments();
   m.attr("compiler") = LOMO_COMPILER;
 
-  const Arg threads("threads");
-  def_lomo_update(m, "cpu_lomo_update", lomo_update(&cpu::lomo_update, "lomo_update_ on the CPU"),
-                  threads);
-  def_grad_sumsq(m, "cpu_grad_sumsq", grad_sumsq(&cpu::grad_sumsq, "grad_sumsq_ on the CPU"),
-                 threads);
-  def_decide(m, "cpu_decide", decide(&cpu::decide, "decide_ on the CPU"));
-  def_adalomo(m, "cpu_adalomo_update", adalomo(&cpu::adalomo_update, "adalomo_update_ on the CPU"),
-              threads);
-  def_adalomo(m, "cpu_adalomo_parts", adalomo(&cpu_adalomo_parts, "AdalomoParts on the CPU"),
-              Arg("call"), Arg("statistics"), Arg("squares"), threads);
-  m.def("cpu_adalomo_sums", adalomo_sums(&cpu::adalomo_sums, "adalomo_sums_ on the CPU"),
-        Arg("row"), Arg("param"), threads);
-  m.def("adalomo_scratch", &adalomo_scratch);
-  m.def("adalomo_kept", &adalomo_kept);
+  m.def("cpu_lomo_update", lomo_update(&cpu::lomo_update, "lomo_update_ on the CPU"));
+  m.def("cpu_grad_sumsq", grad_sumsq(&cpu::grad_sumsq, "grad_sumsq_ on the CPU"));
+  m.def("cpu_decide", decide(&cpu_decide, "decide_ on the CPU"));
+  m.def("cpu_adalomo_update", adalomo(&cpu_adalomo_update, "adalomo_update_ on the CPU"));
+  m.def("cpu_adalomo_parts", adalomo(&cpu_adalomo_parts, "AdalomoParts on the CPU"));
+  m.def("cpu_adalomo_sums", adalomo_sums(&cpu::adalomo_sums, "adalomo_sums_ on the CPU"));
+  m.def("adalomo_scratch", [](uintptr_t rows, int64_t count) {
+    return adalomo_scratch(pointer<const AdaRef>(rows), count);
+  });
+  m.def("adalomo_sizes",
+        [](int64_t batch, int64_t rows, int64_t cols, bool factored, int64_t whole_rows) {
+          const AdaSizes sizes = adalomo_sizes(batch, rows, cols, factored, whole_rows);
+          return py::make_tuple(sizes.kept, sizes.passing);
+        });
   m.def("cpu_instruction_set", &cpu::instruction_set);
   m.def("cpu_use_instruction_set", &cpu::use_instruction_set);
 
 #ifdef LOMO_WITH_CUDA
   m.attr("cuda_compiler") = LOMO_CUDA_COMPILER;
   m.attr("cuda_architectures") = LOMO_CUDA_ARCHITECTURES;
-  const Arg device("device"), stream("stream");
-  def_lomo_update(m, "cuda_lomo_update", lomo_update(&cuda_lomo_update, "lomo_update_ on CUDA"),
-                  device, stream);
-  def_grad_sumsq(m, "cuda_grad_sumsq", grad_sumsq(&cuda_grad_sumsq, "grad_sumsq_ on CUDA"), device,
-                 stream);
-  def_decide(m, "cuda_decide", decide(&cuda_decide, "decide_ on CUDA"), device, stream);
-  def_adalomo(m, "cuda_adalomo_update", adalomo(&cuda_adalomo_update, "adalomo_update_ on CUDA"),
-              device, stream);
-  def_adalomo(m, "cuda_adalomo_parts", adalomo(&cuda_adalomo_parts, "AdalomoParts on CUDA"),
-              Arg("call"), Arg("statistics"), Arg("squares"), device, stream);
-  m.def("cuda_adalomo_sums", adalomo_sums(&cuda_adalomo_sums, "adalomo_sums_ on CUDA"), Arg("row"),
-        Arg("param"), device, stream);
+  m.def("cuda_lomo_update", lomo_update(&cuda_lomo_update, "lomo_update_ on CUDA"));
+  m.def("cuda_grad_sumsq", grad_sumsq(&cuda_grad_sumsq, "grad_sumsq_ on CUDA"));
+  m.def("cuda_decide", decide(&cuda_decide, "decide_ on CUDA"));
+  m.def("cuda_adalomo_update", adalomo(&cuda_adalomo_update, "adalomo_update_ on CUDA"));
+  m.def("cuda_adalomo_parts", adalomo(&cuda_adalomo_parts, "AdalomoParts on CUDA"));
+  m.def("cuda_adalomo_sums", adalomo_sums(&cuda_adalomo_sums, "adalomo_sums_ on CUDA"));
   m.def("cuda_device_count", [] {
     int count = 0;
     raise_if(cuda::device_count(&count), "cuda_device_count");

@@ -6,27 +6,25 @@
 #include <thread>
 #include <vector>
 
+#include "adalomo_groups.h"
 #include "cpu_loops.h"
 #include "decide.h"
 
 namespace lomo {
 
-static AdaSizes adalomo_sizes(int64_t batch, int64_t rows, int64_t cols, bool factored,
-                              int64_t whole_rows) {
+int64_t adalomo_scratch(const AdaRef* tensors, int64_t count) {
+  int64_t floats = 0;
+  AdaGroups(tensors, count, nullptr, &floats);
+  return floats;
+}
+
+AdaSizes adalomo_sizes(int64_t batch, int64_t rows, int64_t cols, bool factored,
+                       int64_t whole_rows) {
   AdaRef ref{};
   ref.batch = batch, ref.rows = rows, ref.cols = cols, ref.factored = factored;
   AdaSizes sizes;
-  item_of(ref, whole_rows, 0, nullptr, &sizes);
+  item_of(ref, whole_rows, 0, nullptr, nullptr, &sizes);
   return sizes;
-}
-
-int64_t adalomo_scratch(int64_t batch, int64_t rows, int64_t cols, bool factored) {
-  const AdaSizes sizes = adalomo_sizes(batch, rows, cols, factored, rows);
-  return sizes.kept + sizes.passing;
-}
-
-int64_t adalomo_kept(int64_t batch, int64_t rows, int64_t cols, bool factored, int64_t whole_rows) {
-  return adalomo_sizes(batch, rows, cols, factored, whole_rows).kept;
 }
 
 }  // namespace lomo
@@ -239,17 +237,19 @@ Status grad_sumsq(const GradRef* grads, int64_t count, DType grad, const SumsqAr
 }
 
 Status adalomo_update(const AdaRef* tensors, int64_t count, DType param, DType grad,
-                      Rounding rounding, const AdaArgs& args, int threads) {
+                      Rounding rounding, const AdaArgs& args, float* scratch, int threads) {
   const AdaFormats formats{param, grad, rounding};
-  for (int64_t k = 0; k < count; ++k) {
-    const AdaSweeps sweeps(item_of(tensors[k]), formats, args, threads);
-    const AdaItem& t = sweeps.t;
-    if (t.factored) {
-      sweeps.statistics();
-      sweeps.moments();
+  const AdaGroups groups(tensors, count, scratch);
+  for (const auto* items : {&groups.vectors, &groups.matrices}) {
+    for (const AdaItem& t : *items) {
+      const AdaSweeps sweeps(t, formats, args, threads);
+      if (t.factored) {
+        sweeps.statistics();
+        sweeps.moments();
+      }
+      sweeps.norm();
+      sweeps.update(sweeps.total(t.norms), sweeps.total(t.sums), t.numel);
     }
-    sweeps.norm();
-    sweeps.update(sweeps.total(t.norms), sweeps.total(t.sums), t.numel);
   }
   return nullptr;
 }
@@ -285,7 +285,7 @@ Status adalomo_parts(const AdaPart* parts, int64_t count, DType param, DType gra
 }
 
 Status adalomo_sums(const AdaRef& tensor, DType param, int threads) {
-  const AdaItem t = item_of(tensor);
+  const AdaItem t = item_of(tensor, tensor.rows, 0, nullptr, nullptr);
   const Loops& loops = *chosen().loops;
   parallel_for(t.tiles, t.numel, threads, [&](int64_t tile) { loops.ada_sums(param, t, tile); });
   return nullptr;

@@ -1,5 +1,6 @@
 // The squared norm of gradients in one read, in the declared order (kernels.h, Note [Summation
-// order]): no atomics, the same bits whatever the grid.
+// order]): the same bits whatever the grid. One launch: the last block of a tensor to end adds up
+// the sums of its chunks.
 #pragma once
 #include "lomo_update.h"
 #include "tables.cuh"
@@ -54,12 +55,26 @@ __device__ __forceinline__ float add_partials(const float* partials, int64_t chu
   return add_lanes(lane);
 }
 
+// Whether all of `count` blocks have written what thread 0 of each wrote before the call; all
+// threads of the last one know, and may read it. The counter is 0 again afterwards.
+__device__ __forceinline__ bool is_last_block(uint32_t* counter, uint32_t count) {
+  __shared__ bool last;
+  if (threadIdx.x == 0) {
+    __threadfence();  // what it wrote is seen by all before the counter
+    last = atomicInc(counter, count - 1) == count - 1;
+    __threadfence();  // and nothing is read before it
+  }
+  __syncthreads();
+  return last;
+}
+
 template <typename G, int kCapacity>
 __global__ void __launch_bounds__(kThreads)
     sumsq_chunk_kernel(const __grid_constant__ Table<GradRef, kCapacity> table,
-                       const float* inv_scale_pointer, float* found_inf, float* partials) {
+                       const float* inv_scale_pointer, float* found_inf, float* partials,
+                       float* sumsq, uint32_t* counters) {
   using Bits = typename G::Bits;
-  static_assert(sizeof(Table<GradRef, kCapacity>) < 32000);
+  static_assert(sizeof(Table<GradRef, kCapacity>) + 64 < Launch::kArgumentBytes);
   constexpr int kRows = kNormChunk / kNormLanes;
   const int k = table.find(blockIdx.x);
   const GradRef& t = table.item[k];
@@ -94,19 +109,17 @@ __global__ void __launch_bounds__(kThreads)
       lane[i] = lane[i] + x * x;
     }
   }
-  const float sum = add_lanes(lane);
-  if (threadIdx.x == 0) partials[blockIdx.x] = sum;
   if (!finite && found_inf) *found_inf = 1.0f;
-}
-
-// One block a tensor: adds its chunks' sums.
-template <int kCapacity>
-__global__ void __launch_bounds__(kThreads)
-    sum_partials_kernel(const __grid_constant__ Table<GradRef, kCapacity> table,
-                        const float* partials, float* sumsq) {
-  const float* own = partials + table.first_block[blockIdx.x];
-  const float sum = add_partials(own, blocks_of(table.item[blockIdx.x]));
-  if (threadIdx.x == 0) sumsq[blockIdx.x] = sum;
+  const float sum = add_lanes(lane);
+  if (t.numel <= kNormChunk) {
+    if (threadIdx.x == 0) sumsq[k] = sum;
+    return;
+  }
+  const int64_t chunks = blocks_of(t);
+  if (threadIdx.x == 0) partials[blockIdx.x] = sum;
+  if (!is_last_block(&counters[k], uint32_t(chunks))) return;
+  const float total = add_partials(partials + table.first_block[k], chunks);
+  if (threadIdx.x == 0) sumsq[k] = total;
 }
 
 }  // namespace lomo::cuda

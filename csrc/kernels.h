@@ -53,17 +53,26 @@ struct SumsqArgs {
   float* partials;
 };
 
+// Blocks of a GPU count themselves, so that the last one adds up what all of them left. Memory of
+// kTickets counters, all 0 before and after a call, that no two calls use at one time: a stream has
+// its own. `fresh`: it is not set yet.
+constexpr int kTickets = 512;
+
+struct Tickets {
+  uint32_t* counters;
+  bool fresh;
+};
+
 // AdaLomo (adalomo.h): a tensor [batch, rows, cols], or one of less than two dimensions seen as a
 // matrix of kTileCols columns.
 struct AdaRef {
   void* param;
   const void* grad;
-  void* low;       // int16, Rounding::split alone
-  float* row;      // moments [batch, rows]; not factored: [numel]
-  float* col;      // moments [batch, cols]
-  int32_t* step;   // updates made
-  float* sums;     // of squares of the parameter, one a tile
-  float* scratch;  // adalomo_scratch() floats
+  void* low;      // int16, Rounding::split alone
+  float* row;     // moments [batch, rows]; not factored: [numel]
+  float* col;     // moments [batch, cols]
+  int32_t* step;  // updates made
+  float* sums;    // of squares of the parameter, one a tile
   int64_t batch, rows, cols, numel, param_id, factored;
 };
 
@@ -78,20 +87,26 @@ struct AdaArgs {
   int64_t weights_count;
 };
 
-int64_t adalomo_scratch(int64_t batch, int64_t rows, int64_t cols, bool factored);
+// Floats of scratch memory that a list needs; only shapes are looked at.
+int64_t adalomo_scratch(const AdaRef*, int64_t count);
 
 // What one rank has of a tensor: consecutive rows of a matrix, some of many matrices, a piece of a
 // vector (adalomo.h, Note [Parts]). What is of the whole tensor is called so.
 struct AdaPart : AdaRef {
-  float* passing;  // memory for the first call alone, which all parts may share
-  int64_t offset;  // global index of the first element
+  float *kept, *passing;  // memory for all calls; for the first alone, which all parts may share
+  int64_t offset;         // global index of the first element
   int64_t whole_rows, whole_numel;
   int64_t joined;        // rows of a matrix: other ranks have more of its columns and its mean row
   int64_t slot, number;  // in the first message and in the second
 };
 
-// Of its scratch memory what has to stay from call to call. The rest of adalomo_scratch() passes.
-int64_t adalomo_kept(int64_t batch, int64_t rows, int64_t cols, bool factored, int64_t whole_rows);
+// Floats of the two.
+struct AdaSizes {
+  int64_t kept, passing;
+};
+
+AdaSizes adalomo_sizes(int64_t batch, int64_t rows, int64_t cols, bool factored,
+                       int64_t whole_rows);
 
 enum class AdaCall : int { statistics = 0, squares = 1, update = 2 };
 
@@ -135,7 +150,7 @@ Status lomo_update(const TensorRef*, int64_t count, DType param, DType grad, Rou
 Status grad_sumsq(const GradRef*, int64_t count, DType grad, const SumsqArgs&, int threads);
 Status decide(const DecideArgs&);
 Status adalomo_update(const AdaRef*, int64_t count, DType param, DType grad, Rounding,
-                      const AdaArgs&, int threads);
+                      const AdaArgs&, float* scratch, int threads);
 Status adalomo_parts(const AdaPart*, int64_t count, DType param, DType grad, Rounding,
                      const AdaArgs&, AdaCall, const AdaMessages&, int threads);
 Status adalomo_sums(const AdaRef&, DType param, int threads);
@@ -150,11 +165,11 @@ Status device_count(int* count);
 Status unavailable(int device);  // why the kernels cannot run there
 Status lomo_update(const TensorRef*, int64_t count, DType param, DType grad, Rounding,
                    const UpdateArgs&, int device, void* stream);
-Status grad_sumsq(const GradRef*, int64_t count, DType grad, const SumsqArgs&, int device,
-                  void* stream);
+Status grad_sumsq(const GradRef*, int64_t count, DType grad, const SumsqArgs&, const Tickets&,
+                  int device, void* stream);
 Status decide(const DecideArgs&, int device, void* stream);
 Status adalomo_update(const AdaRef*, int64_t count, DType param, DType grad, Rounding,
-                      const AdaArgs&, int device, void* stream);
+                      const AdaArgs&, float* scratch, int device, void* stream);
 Status adalomo_parts(const AdaPart*, int64_t count, DType param, DType grad, Rounding,
                      const AdaArgs&, AdaCall, const AdaMessages&, int device, void* stream);
 Status adalomo_sums(const AdaRef&, DType param, int device, void* stream);

@@ -6,10 +6,7 @@
 
 namespace lomo::cuda {
 
-// A thread updates two vectors of 16 bytes of parameter, so that what it does once is shared by 16
-// elements: 16 instead of 22 instructions for each. No loop over the grid: with a block per 8 KiB
-// of parameter the scheduler keeps enough loads in flight.
-constexpr int kVectors = 2;
+constexpr int kVectors = Launch::kUpdateVectors;
 
 template <typename P>
 constexpr int kVector = 16 / int(sizeof(typename P::Bits));
@@ -24,7 +21,8 @@ struct Piece {
   uint32_t param_id;
   int16_t head, tail;
 };
-static_assert(sizeof(Table<Piece, kMany>) + sizeof(UpdateArgs) + sizeof(PhiloxKey) < 32764);
+static_assert(sizeof(Table<Piece, Launch::kMany>) + sizeof(UpdateArgs) + sizeof(PhiloxKey) <
+              Launch::kArgumentBytes);
 
 template <typename P>
 inline Piece piece_of(const TensorRef& t) {

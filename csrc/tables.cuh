@@ -1,16 +1,37 @@
 // A list of tensors as a kernel argument: one launch serves many small tensors, nothing is copied
 // to the device beforehand, and a captured graph keeps its own copy. And vectors of elements.
 #pragma once
+#include <cstddef>
+
 #include "kernels.h"
 
 namespace lomo::cuda {
 
-constexpr int kThreads = 256;
-
-// Kernel arguments may take 32,764 bytes (CUDA 12.1 and later, sm_70 and later).
-constexpr int kMany = 512;
-// All of them are copied for every launch: lists of a few tensors have a table of their own.
-constexpr int kFew = 32;
+// The sizes of launches, and why.
+struct Launch {
+  // The orders of sums are written for eight warps, whose sums a thread adds (grad_sumsq.cuh); and
+  // with up to 96 registers two such blocks fit on a multiprocessor.
+  static constexpr int kThreads = 256;
+  // Of kernel arguments, from CUDA 12.1 and sm_70 on.
+  static constexpr size_t kArgumentBytes = 32764;
+  // Tensors in a table: what arguments hold of updates (60 bytes each) and of norms.
+  static constexpr int kMany = 512;
+  // A whole table is copied for every launch: a few tensors have one of 2 KB instead of 30 KB.
+  static constexpr int kFew = 32;
+  // Likewise of AdaLomo's tensors, which have 236 bytes each.
+  static constexpr int kAdaMany = 128, kAdaFew = 8;
+  // Vectors of 16 bytes of parameter that a thread updates, so that what it does once is shared by
+  // 16 elements: 16 instead of 22 instructions for each. No loop over the grid: with a block per 8
+  // KiB of parameter the scheduler keeps enough loads in flight.
+  static constexpr int kUpdateVectors = 2;
+  // Bytes that a thread of AdaLomo's first sweep has asked for before it adds.
+  static constexpr int kStatsBytes = 64;
+  // Rows of a tile in AdaLomo's third sweep: one row's loads would not cover their latency.
+  static constexpr int kAdaRows = 2;
+  // Of a grid's first dimension.
+  static constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;
+};
+constexpr int kThreads = Launch::kThreads;
 
 template <typename Item, int kCapacity>
 struct Table {

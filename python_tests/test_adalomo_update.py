@@ -1,7 +1,9 @@
 """AdaLomo's fused update: every backend against the reference, the reference against others."""
 
 import math
+from types import SimpleNamespace
 
+import cuda_on_cpu
 import pytest
 import torch
 from backends import (
@@ -177,7 +179,7 @@ def test_any_bits(backend):
 
 @ALL_BACKENDS
 def test_lists(backend):
-    """Kinds, dtypes and sizes mixed; more vectors than share one launch."""
+    """Kinds, dtypes and sizes mixed."""
     device = backend.device
     shapes = [(5,), (12, 34), (), (0,), (300,), (2, 3, 4), (16385,)] + [(3,)] * 70
     if backend.id == "triton-interpreter":
@@ -197,6 +199,64 @@ def test_lists(backend):
         assert same_bits(got, want["param"])
         assert states[k]["step"] == 1
     ops.adalomo_update_([], [], [], lr=0.1)
+
+
+def update_of(backend, params, grads):
+    """-> all that a list's update leaves behind."""
+    device, name = (backend.device, backend.name) if backend else ("cpu", "reference")
+    params, grads = ([t.to(device, copy=True) for t in each] for each in (params, grads))
+    states, found = [ops.adalomo_state(p) for p in params], scalar(0.0, device)
+    ops.adalomo_update_(params, grads, states, lr=0.1, found_inf=found, backend=name)
+    return params, [value for state in states for value in state.values()], found
+
+
+@ALL_BACKENDS
+def test_more_than_share_a_launch(backend):
+    """Matrices, empty ones too, and vectors beyond a table; matrices beyond the tiles of a group.
+    An overflow in one of them leaves that one alone."""
+    small = [(k % 7, 1 + k % 5) for k in range(140)]
+    shapes = [(70, 300), *small, (600, 1, 1), (600, 1, 1), *[(3,)] * 140]
+    if backend.id == "triton-interpreter":
+        shapes = [(70, 300), *small[:10], (3, 1, 1), (3,)]
+    params, grads = ([values(s, BF16, scale) for s in shapes] for scale in (0.1, 1.0))
+    grads[9][-1, -1] = torch.inf
+    want = update_of(None, params, grads)
+    with backend.active():
+        params_got, states_got, found = update_of(backend, params, grads)
+    assert found.item() == 1.0
+    for got, wanted in ((params_got, want[0]), (states_got, want[1])):
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(got, wanted))
+
+
+def launches_of(shapes):
+    params, grads = ([values(s, BF16) for s in shapes] for _ in range(2))
+    before = cuda_on_cpu.library().test_launches()
+    for backend in backends():
+        if backend.id == "cuda_on_cpu":
+            with backend.active():
+                update_of(backend, params, grads)
+    return cuda_on_cpu.library().test_launches() - before - len(shapes)  # sums, one each
+
+
+def test_launches_do_not_grow_with_the_number_of_small_tensors():
+    assert launches_of([(3, 5)]) == launches_of([(3, 5)] * 128) == 5
+    assert launches_of([(3, 5)] * 129) == 10
+    assert launches_of([(3,)]) == launches_of([(3,)] * 128) == 3
+
+
+def test_scratch_memory_is_that_of_a_group():
+    def scratch(*shapes):
+        items = [
+            SimpleNamespace(tiles=reference.Tiles.of(s), param=torch.empty(s, device="meta"))
+            for s in shapes
+        ]
+        return native.adalomo_scratch(items)
+
+    small, large, vector = (64, 256), (4096, 4096), (100,)
+    assert scratch(small, small) == 2 * scratch(small)
+    assert scratch(*[small] * 3000) == 1024 * scratch(small)
+    assert scratch(large, large, small) == scratch(large)  # 1,024 tiles, a group of its own
+    assert scratch(vector, large, vector) == scratch(large) + 2 * scratch(vector)
 
 
 @ALL_BACKENDS
@@ -369,7 +429,7 @@ def test_the_table_of_weights_ends_and_stays():
 def test_tiles_are_the_same_for_both_languages():
     for shape in ((), (0,), (20_000,), (65, 257), (3, 70, 264), (3, 0), (0, 5, 7)):
         tiles = reference.Tiles.of(shape)
-        scratch = native._C.adalomo_scratch(*tiles)
-        assert scratch >= 2 + tiles.count
+        kept, passing = native._C.adalomo_sizes(*tiles, tiles.rows)
+        assert kept >= 2 + tiles.count
         if not tiles.factored:
-            assert scratch == 2 + tiles.count
+            assert (kept, passing) == (2 + tiles.count, 0)

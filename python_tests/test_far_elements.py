@@ -140,10 +140,12 @@ def test_cuda_kernel_bodies(ranges, far):
         library.test_only_blocks(chunk - 1, chunk + 1)
         partials = torch.zeros(count // native.NORM_CHUNK)
         rows = torch.tensor([g.address, count])
+        total, counters = torch.zeros(1), torch.zeros(native._C.tickets, dtype=torch.int32)
         module.cuda_grad_sumsq(
-            rows.data_ptr(), 1, native._C.dtypes["bfloat16"], 0, 0, partials.data_ptr(),
-            partials.data_ptr(), 0, 0,
+            rows.data_ptr(), 1, native._C.dtypes["bfloat16"], 0, 0, total.data_ptr(),
+            partials.data_ptr(), counters.data_ptr(), False, 0, 0,
         )  # fmt: skip
+        assert counters.tolist() == [3] + [0] * (len(counters) - 1)  # the last block is not there
         assert partials.nonzero().flatten().tolist() == [chunk]
         assert partials[chunk] == 1.0
 
@@ -151,8 +153,9 @@ def test_cuda_kernel_bodies(ranges, far):
         tile = far // cols // 64 * (cols // 256) + far % cols // 256
         library.test_only_blocks(tile - 1, tile + 1)
         sums = torch.zeros(count // native.NORM_CHUNK)
-        row = torch.tensor([g.address, 0, 0, 0, 0, 0, sums.data_ptr(), 0, 1, rows, cols, count]
-                           + [0, 1])  # fmt: skip
+        fields = {"param": g.address, "sums": sums.data_ptr(), "numel": count, "factored": 1}
+        fields |= {"batch": 1, "rows": rows, "cols": cols}
+        row = torch.tensor([fields.get(name, 0) for name in native._C.structs["AdaRef"]])
         module.cuda_adalomo_sums(row.data_ptr(), native._C.dtypes["bfloat16"], 0, 0)
         assert sums.nonzero().flatten().tolist() == [tile]
     finally:

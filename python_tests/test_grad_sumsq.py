@@ -2,9 +2,10 @@
 
 import math
 
+import cuda_on_cpu
 import pytest
 import torch
-from backends import BF16, F16, F32, SIZES, backends, random_bits, random_values, shifted
+from backends import BF16, COUNTERS, F16, F32, SIZES, backends, random_bits, random_values, shifted
 
 from lomo_kernels import ops
 
@@ -78,6 +79,44 @@ def test_lists_of_every_size_and_dtype(backend):
     one_by_one = torch.cat([run(None, [g])[0] for g in grads])
     want, _ = check(backend, grads)
     assert torch.equal(want, one_by_one)
+
+
+def test_one_launch_and_counters_that_are_as_before():
+    """Of a list with large and small gradients; what it leaves serves the next launch."""
+    (backend,) = (b for b in backends() if b.id == "cuda_on_cpu")
+    grads = [random_values(n, BF16) for n in (5 * CHUNK + 1, 40, 2 * CHUNK)]
+    for _ in range(2):
+        before = cuda_on_cpu.library().test_launches()
+        check(backend, grads)
+        assert cuda_on_cpu.library().test_launches() == before + 1
+        assert not COUNTERS.any()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_captured_and_on_two_streams():
+    """Each stream and each graph has counters of its own."""
+    grads = [random_values(n, BF16).cuda() for n in (500 * CHUNK + 1, 40, 200 * CHUNK)]
+    want = torch.zeros(len(grads), device="cuda")
+    ops.grad_sumsq_(want, grads, backend="native")
+    found = [torch.zeros_like(want) for _ in range(4)]
+    graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
+    for graph, out in zip(graphs, found):
+        with torch.cuda.graph(graph):
+            ops.grad_sumsq_(out, grads, backend="native")
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    for _ in range(5):
+        for out in found:
+            out.zero_()
+        torch.cuda.synchronize()
+        for stream, graph, out in zip(streams, [*graphs, None, None], found):
+            with torch.cuda.stream(stream):
+                if graph is None:
+                    ops.grad_sumsq_(out, grads, backend="native")
+                else:
+                    graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(out, want) for out in found)
 
 
 @DTYPES

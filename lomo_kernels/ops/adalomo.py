@@ -223,9 +223,9 @@ class Update:
             "found_inf": found_inf,
             "skip": skip,
         }
-        for (_, _, rule), places in grouped(keys).items():
+        for (_, _, rule), group in grouped(keys, rows).items():
             items = []
-            for p, g, own, low, sums, param_id, tiles, part in (rows[k] for k in places):
+            for p, g, own, low, sums, param_id, tiles, part in group:
                 dense, low = p.detach(), low if rule == "split" else None
                 if not p.is_contiguous():
                     dense, dense_low = dense.contiguous(), None if low is None else low.contiguous()

@@ -9,13 +9,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 ROUNDINGS = ("nearest", "stochastic", "split")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.float64)
 WITH_FLOAT64 = (*DTYPES, torch.float64)  # float64 runs on the backend "reference" alone
 
 
 def check_floats(name, value):
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if value.dtype not in (torch.float32, torch.float64) or not value.is_contiguous():
+    if value.dtype not in FLOATS or not value.is_contiguous():
         raise TypeError(
             f"{name} must be contiguous float32, got {value.dtype} with strides {value.stride()}"
         )
@@ -24,7 +25,8 @@ def check_floats(name, value):
 def as_list(name, value, length, default=None) -> list[Any]:
     if value is None and default is not None:
         return default
-    if isinstance(value, torch.Tensor) or not hasattr(value, "__len__"):
+    usual = type(value) is list  # or it is looked at more closely
+    if not usual and (isinstance(value, torch.Tensor) or not hasattr(value, "__len__")):
         raise TypeError(f"{name} must be a sequence where param is, got {type(value).__name__}")
     if len(value) != length:
         raise ValueError(f"{name} must have param's length {length}, got {len(value)}")
@@ -56,7 +58,7 @@ def check_scalar(name, value, device):
         raise TypeError(
             f"{name} must be a one-element float32 tensor or None, got {type(value).__name__}"
         )
-    if value.dtype not in (torch.float32, torch.float64) or value.numel() != 1:
+    if value.dtype not in FLOATS or value.numel() != 1:
         raise TypeError(
             f"{name} must be a one-element float32 tensor, got {tuple(value.shape)} {value.dtype}"
         )
@@ -66,10 +68,11 @@ def check_scalar(name, value, device):
 
 def check_scalars(device, inv_scale, clip_coef, found_inf, skip):
     """The scalars of a step that updates read and write."""
-    check_scalar("inv_scale", inv_scale, device)
-    check_scalar("clip_coef", clip_coef, device)
-    check_scalar("found_inf", found_inf, device)
-    check_scalar("skip", skip, device)
+    for name, value in (
+        ("inv_scale", inv_scale), ("clip_coef", clip_coef), ("found_inf", found_inf), ("skip", skip)
+    ):  # fmt: skip
+        if value is not None:
+            check_scalar(name, value, device)
     if skip is not None and found_inf is not None and is_same(skip, found_inf):
         raise ValueError("skip and found_inf must be two tensors, got the same one twice")
 
@@ -107,6 +110,12 @@ _WRAPS: dict[
 
 
 def check_tensor(name, tensor, dtypes=DTYPES):
+    if (  # what is usual, first
+        _WRAPS.get(type(tensor)) is False
+        and tensor.layout is torch.strided
+        and tensor.dtype in dtypes
+    ):
+        return
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.layout is not torch.strided:

@@ -16,8 +16,7 @@ adalomo_squares_ = adalomo_parts_update_ = _nothing
 def adalomo_update_(items, *, weights, **options):
     from .native import adalomo_scratch
 
-    _, shared, own = adalomo_scratch([item.tiles for item in items])
-    weights.new_empty(shared + own)
+    weights.new_empty(adalomo_scratch(items))
 
 
 def adalomo_statistics_(out, items, *, weights, **options):

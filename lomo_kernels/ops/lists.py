@@ -1,11 +1,13 @@
 """What operations on lists of tensors share."""
 
+import itertools
 
-def grouped(keys):
-    """What shares a launch: {key: places in the list, ascending}, in the order of the keys."""
+
+def grouped(keys, rows=None):
+    """What shares a launch: {key: its rows}, in the order of the list; None: their places in it."""
     groups = {}
-    for place, key in enumerate(keys):
-        groups.setdefault(key, []).append(place)
+    for key, row in zip(keys, itertools.count() if rows is None else rows):
+        groups.setdefault(key, []).append(row)
     return groups
 
 

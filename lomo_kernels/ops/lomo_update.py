@@ -101,10 +101,10 @@ def lomo_update_(
 
     wide = checks.widest(*params, inv_scale, clip_coef, found_inf, skip)
     run = pick_backend(device, backend, wide).lomo_update_
-    for (dtype, _, rule), places in grouped(keys).items():
+    for (dtype, _, rule), group in grouped(keys, rows).items():
         once = float if dtype is torch.float64 else checks.float32
         run(
-            *zip(*(rows[k] for k in places)),
+            *zip(*group),
             lr=once(lr),
             decay=once(1.0 - lr * weight_decay),
             clip_value=once(clip_value),

@@ -1,7 +1,7 @@
 """Tensors to `_C`: addresses, sizes and codes. The only module that imports `_C`."""
 
 from array import array
-from collections import namedtuple
+from operator import itemgetter
 
 import torch
 
@@ -10,10 +10,12 @@ from .. import _C
 _DTYPE = {getattr(torch, name): code for name, code in _C.dtypes.items()}
 _ROUNDING = _C.roundings
 NORM_CHUNK = _C.norm_chunk
-# Rows of lists of tensors, filled by name: the order of their fields is C++'s (csrc/kernels.h).
-TensorRef, GradRef, AdaRef, AdaPart = (
-    namedtuple(name, _C.structs[name]) for name in ("TensorRef", "GradRef", "AdaRef", "AdaPart")
-)
+# From a dict to a row of a list of tensors (csrc/kernels.h), and to the arguments of a function: by
+# name, in the order that C++ has.
+_ROW = {name: itemgetter(*fields) for name, fields in _C.structs.items()}
+_ARGUMENTS = {name: itemgetter(*names) for name, names in _C.arguments.items()}
+_TENSOR_REF, _GRAD_REF = _ROW["TensorRef"], _ROW["GradRef"]
+_NO_ADDRESSES = dict.fromkeys(_C.structs["AdaRef"], 0)
 
 
 def build_info():
@@ -53,11 +55,15 @@ def _numel(tensor):
     return 0 if tensor is None else tensor.numel()
 
 
-def _where(device):
-    """The arguments that say where a call runs: threads on the CPU, device and stream on CUDA."""
+def _call(name, device, arguments):
+    """Runs a function on the CPU's threads, or on the device's current stream."""
+    values = _ARGUMENTS[name](arguments)
     if device.type == "cpu":
-        return {"threads": torch.get_num_threads()}
-    return {"device": device.index, "stream": torch.cuda.current_stream(device).cuda_stream}
+        getattr(_C, "cpu_" + name)(*values, torch.get_num_threads())
+        return
+    where = device.index, torch.cuda.current_stream(device).cuda_stream
+    tickets = _tickets(*where) if name == "grad_sumsq" else ()
+    getattr(_C, "cuda_" + name)(*values, *tickets, *where)
 
 
 def lomo_update_(
@@ -67,107 +73,131 @@ def lomo_update_(
     rows = array("q")
     for param, grad, low, offset, param_id in zip(params, grads, lows, offsets, param_ids):
         rows.extend(
-            TensorRef(
-                param=param.data_ptr(), grad=grad.data_ptr(), low=_address(low),
-                numel=param.numel(), offset=offset, param_id=param_id,
+            _TENSOR_REF(
+                {
+                    "param": param.data_ptr(), "grad": grad.data_ptr(), "low": _address(low),
+                    "numel": param.numel(), "offset": offset, "param_id": param_id,
+                }
             )
         )  # fmt: skip
-    device = params[0].device
-    run = _C.cpu_lomo_update if device.type == "cpu" else _C.cuda_lomo_update
-    run(
-        rows=rows.buffer_info()[0], count=len(params), param=_DTYPE[params[0].dtype],
-        grad=_DTYPE[grads[0].dtype], rounding=_ROUNDING[rounding], inv_scale=_address(inv_scale),
-        clip_coef=_address(clip_coef), found_inf=_address(found_inf), skip=_address(skip),
-        **numbers, **_where(device),
-    )  # fmt: skip
+    numbers |= {
+        "rows": rows.buffer_info()[0], "count": len(params), "param": _DTYPE[params[0].dtype],
+        "grad": _DTYPE[grads[0].dtype], "rounding": _ROUNDING[rounding],
+        "inv_scale": _address(inv_scale), "clip_coef": _address(clip_coef),
+        "found_inf": _address(found_inf), "skip": _address(skip),
+    }  # fmt: skip
+    _call("lomo_update", params[0].device, numbers)
+
+
+# (device, stream) -> memory of csrc/kernels.h, Tickets, which calls on one stream may share.
+_COUNTERS = {}
+
+
+def _tickets(device, stream):
+    """-> (counters, whether they are fresh). A captured graph has its own: it may run anywhere."""
+    capturing = torch.cuda.is_current_stream_capturing()
+    counters = None if capturing else _COUNTERS.get((device, stream))
+    fresh = counters is None
+    if fresh:
+        counters = torch.empty(_C.tickets, dtype=torch.int32, device=device)
+        if not capturing:
+            _COUNTERS[device, stream] = counters
+    return counters.data_ptr(), fresh
 
 
 def grad_sumsq_(sumsq, grads, *, inv_scale, found_inf):
     rows = array("q")
     chunks = 0
     for grad in grads:
-        rows.extend(GradRef(grad=grad.data_ptr(), numel=grad.numel()))
-        chunks += max(1, -(-grad.numel() // NORM_CHUNK))
-    device = sumsq.device
+        numel = grad.numel()
+        rows.extend(_GRAD_REF({"grad": grad.data_ptr(), "numel": numel}))
+        chunks += max(1, -(-numel // NORM_CHUNK))
     partials = sumsq.new_empty(chunks) if chunks > len(grads) else None
-    run = _C.cpu_grad_sumsq if device.type == "cpu" else _C.cuda_grad_sumsq
-    run(
-        rows=rows.buffer_info()[0], count=len(grads), grad=_DTYPE[grads[0].dtype],
-        inv_scale=_address(inv_scale), found_inf=_address(found_inf), sumsq=sumsq.data_ptr(),
-        partials=_address(partials), **_where(device),
-    )  # fmt: skip
+    arguments = {
+        "rows": rows.buffer_info()[0], "count": len(grads), "grad": _DTYPE[grads[0].dtype],
+        "inv_scale": _address(inv_scale), "found_inf": _address(found_inf),
+        "sumsq": sumsq.data_ptr(), "partials": _address(partials),
+    }  # fmt: skip
+    _call("grad_sumsq", sumsq.device, arguments)
 
 
 def decide_(decisions, sumsq, found_inf, out, **numbers):
-    device = decisions.device
-    run, where = (_C.cpu_decide, {}) if device.type == "cpu" else (_C.cuda_decide, _where(device))
-    run(
-        decisions=decisions.data_ptr(), out=_address(out), sumsq=_address(sumsq),
-        count=_numel(sumsq), found_inf=_address(found_inf), flags=_numel(found_inf), **numbers,
-        **where,
-    )  # fmt: skip
+    arguments = {
+        "decisions": decisions.data_ptr(), "out": _address(out), "sumsq": _address(sumsq),
+        "count": _numel(sumsq), "found_inf": _address(found_inf), "flags": _numel(found_inf),
+        **numbers,
+    }  # fmt: skip
+    _call("decide", decisions.device, arguments)
 
 
-def _row_of(item, scratch):
-    """The fields of an AdaRef, by name."""
-    tiles, row = item.tiles, item.row if item.tiles.factored else item.full
+def _shape_of(tiles, numel):
+    """Fields of an AdaRef, by name."""
     return {
-        "param": item.param.data_ptr(), "grad": item.grad.data_ptr(), "low": _address(item.low),
-        "row": _address(row), "col": _address(item.col), "step": item.step.data_ptr(),
-        "sums": item.sums.data_ptr(), "scratch": scratch, "batch": tiles.batch, "rows": tiles.rows,
-        "cols": tiles.cols, "numel": item.param.numel(), "param_id": item.param_id,
+        "batch": tiles.batch, "rows": tiles.rows, "cols": tiles.cols, "numel": numel,
         "factored": tiles.factored,
     }  # fmt: skip
 
 
-def adalomo_scratch(tiles):
-    """Floats of scratch memory: of each tensor, shared by all matrices, of the others together."""
-    sizes = [_C.adalomo_scratch(*each) for each in tiles]
-    # Matrices run one after the other.
-    shared = max((s for s, each in zip(sizes, tiles) if each.factored), default=0)
-    return sizes, shared, sum(s for s, each in zip(sizes, tiles) if not each.factored)
+def _row_of(item):
+    """All fields of an AdaRef."""
+    row = item.row if item.tiles.factored else item.full
+    return {
+        "param": item.param.data_ptr(), "grad": item.grad.data_ptr(), "low": _address(item.low),
+        "row": _address(row), "col": _address(item.col), "step": item.step.data_ptr(),
+        "sums": item.sums.data_ptr(), "param_id": item.param_id,
+        **_shape_of(item.tiles, item.param.numel()),
+    }  # fmt: skip
+
+
+def adalomo_scratch(items):
+    """Floats of scratch memory that `adalomo_update_` needs."""
+    rows = array("q")
+    for item in items:
+        rows.extend(_ROW["AdaRef"](_NO_ADDRESSES | _shape_of(item.tiles, item.param.numel())))
+    return _C.adalomo_scratch(rows.buffer_info()[0], len(items))
 
 
 def adalomo_update_(items, *, weights, **options):
-    sizes, shared, own = adalomo_scratch([item.tiles for item in items])
-    scratch = weights.new_empty(shared + own)
-    rows, place = array("q"), scratch.data_ptr() + 4 * shared
-    for item, size in zip(items, sizes):
-        factored = item.tiles.factored
-        rows.extend(AdaRef(**_row_of(item, scratch.data_ptr() if factored else place)))
-        place += 0 if factored else 4 * size
-    _run_adalomo("adalomo_update", rows, items, weights, **options)
+    rows = array("q")
+    for item in items:
+        rows.extend(_ROW["AdaRef"](_row_of(item)))
+    scratch = weights.new_empty(_C.adalomo_scratch(rows.buffer_info()[0], len(items)))
+    more = {"scratch": scratch.data_ptr()}
+    _run_adalomo("adalomo_update", rows, items, weights, more, **options)
 
 
 def _run_adalomo(
-    name, rows, items, weights, *, eps, rounding, inv_scale, clip_coef, found_inf, skip, **others
-):
-    device = weights.device
-    run = getattr(_C, f"{device.type}_{name}")
-    run(
-        rows=rows.buffer_info()[0], count=len(items), param=_DTYPE[items[0].param.dtype],
-        grad=_DTYPE[items[0].grad.dtype], rounding=_ROUNDING[rounding], eps_square=eps[0],
-        eps_rms=eps[1], inv_scale=_address(inv_scale), clip_coef=_address(clip_coef),
-        found_inf=_address(found_inf), skip=_address(skip), weights=weights.data_ptr(),
-        weights_count=len(weights), **others, **_where(device),
-    )  # fmt: skip
+    name, rows, items, weights, more, *, eps, rounding, inv_scale, clip_coef, found_inf, skip,
+    **numbers,
+):  # fmt: skip
+    arguments = {
+        "rows": rows.buffer_info()[0], "count": len(items), "param": _DTYPE[items[0].param.dtype],
+        "grad": _DTYPE[items[0].grad.dtype], "rounding": _ROUNDING[rounding],
+        "eps_square": eps[0], "eps_rms": eps[1], "inv_scale": _address(inv_scale),
+        "clip_coef": _address(clip_coef), "found_inf": _address(found_inf),
+        "skip": _address(skip), "weights": weights.data_ptr(), "weights_count": len(weights),
+        **numbers, **more,
+    }  # fmt: skip
+    _call(name, weights.device, arguments)
 
 
 def _run_parts(call, rows, items, statistics, squares, *, weights, **options):
-    _run_adalomo(
-        "adalomo_parts", rows, items, weights, call=_C.adalomo_calls[call],
-        statistics=statistics.data_ptr(), squares=_address(squares), **options,
-    )  # fmt: skip
+    more = {
+        "call": _C.adalomo_calls[call], "statistics": statistics.data_ptr(),
+        "squares": _address(squares),
+    }  # fmt: skip
+    _run_adalomo("adalomo_parts", rows, items, weights, more, **options)
 
 
 def adalomo_memory(items):
     """Floats that each part keeps for the later calls, and that the first call needs beside."""
-    sizes, passing = [], 0
+    sizes, most = [], 0
     for item in items:
-        tiles, whole = item.tiles, item.tiles.rows
-        passing = max(passing, _C.adalomo_scratch(*tiles) - _C.adalomo_kept(*tiles, whole))
-        sizes.append(_C.adalomo_kept(*tiles, item.part.shape[0] if item.part.joined else whole))
-    return sizes, passing
+        rows = item.part.shape[0] if item.part.joined else item.tiles.rows
+        kept, passing = _C.adalomo_sizes(*item.tiles, rows)
+        sizes.append(kept)
+        most = max(most, passing)
+    return sizes, most
 
 
 def adalomo_statistics_(out, items, *, weights, **options):
@@ -177,14 +207,13 @@ def adalomo_statistics_(out, items, *, weights, **options):
     rows, place = array("q"), kept.data_ptr()
     for item, size in zip(items, sizes):
         part = item.part
-        rows.extend(
-            AdaPart(
-                **_row_of(item, place), passing=once.data_ptr(), offset=part.offset,
-                whole_rows=part.shape[0] if part.joined else item.tiles.rows,
-                whole_numel=part.shape.numel(), joined=part.joined, slot=part.slot,
-                number=part.number,
-            )
-        )  # fmt: skip
+        row = _row_of(item) | {
+            "kept": place, "passing": once.data_ptr(), "offset": part.offset,
+            "whole_rows": part.shape[0] if part.joined else item.tiles.rows,
+            "whole_numel": part.shape.numel(), "joined": part.joined, "slot": part.slot,
+            "number": part.number,
+        }  # fmt: skip
+        rows.extend(_ROW["AdaPart"](row))
         place += 4 * size
     _run_parts("statistics", rows, items, out, None, weights=weights, **options)
     return rows, kept
@@ -199,9 +228,8 @@ def adalomo_parts_update_(items, kept, statistics, squares, **options):
 
 
 def adalomo_sums_(sums, param, tiles):
-    row = dict.fromkeys(AdaRef._fields, 0)
-    row |= {"param": param.data_ptr(), "sums": sums.data_ptr(), "numel": param.numel()}
-    row |= {"batch": tiles.batch, "rows": tiles.rows, "cols": tiles.cols}
-    row = array("q", AdaRef(**row))
-    run = _C.cpu_adalomo_sums if sums.device.type == "cpu" else _C.cuda_adalomo_sums
-    run(row=row.buffer_info()[0], param=_DTYPE[param.dtype], **_where(sums.device))
+    shape = _shape_of(tiles, param.numel())
+    addresses = {"param": param.data_ptr(), "sums": sums.data_ptr()}
+    row = array("q", _ROW["AdaRef"](_NO_ADDRESSES | shape | addresses))
+    arguments = {"row": row.buffer_info()[0], "param": _DTYPE[param.dtype]}
+    _call("adalomo_sums", sums.device, arguments)

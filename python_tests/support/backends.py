@@ -60,12 +60,18 @@ class Backend:
             yield
 
 
+COUNTERS = torch.zeros(native._C.tickets, dtype=torch.int32)
+
+
 def _cuda_in_place_of_cpu(real):
     cuda = cuda_on_cpu.module()
 
     def on_cuda(name):
-        def call(threads=None, **arguments):
-            getattr(cuda, f"cuda_{name}")(**arguments, device=0, stream=0)
+        def call(*arguments):
+            *arguments, _threads = arguments
+            if name == "grad_sumsq":  # every call finds the counters as the one before left them
+                arguments += COUNTERS.data_ptr(), False
+            getattr(cuda, f"cuda_{name}")(*arguments, 0, 0)
 
         return call
 

@@ -80,4 +80,6 @@ def grad_sumsq_(sumsq, grads, *, inv_scale, found_inf):
                 G=name_of(grad.dtype), ROWS=ROWS, **sizes,
             )  # fmt: skip
             if chunks > 1:
+                # CUDA's last block does this. Here nothing orders a program's store before a count
+                # that another of its threads makes.
                 sum_partials_kernel[(1,)](partials, chunks, sumsq[k], **sizes)

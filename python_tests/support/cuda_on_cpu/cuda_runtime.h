@@ -1,6 +1,7 @@
 // Stands in for the CUDA toolkit's header of this name, so that g++ compiles csrc/cuda.cu and the
 // kernels run on the CPU: one fiber per CUDA thread, one block after another. It covers what those
-// kernels use: one-dimensional grids, static __shared__, __syncthreads, shuffles over a full warp.
+// kernels use: one-dimensional grids, static __shared__, __syncthreads, shuffles over a full warp,
+// atomicInc.
 //
 // What it shows: every address and every arithmetic operation of the real kernel bodies and
 // launchers, under AddressSanitizer too, and a barrier that some threads do not reach. What it
@@ -60,6 +61,8 @@ struct Machine {
   uint32_t exchanged[kFibers];
   char* stacks = static_cast<char*>(
       mmap(nullptr, kFibers* kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+
+  unsigned launches = 0;  // until now
 
   // Tests of index arithmetic run a few far blocks of a grid too large to run whole.
   unsigned first_block = 0, last_block = 0xffffffffu;
@@ -142,6 +145,15 @@ T __shfl_xor_sync(unsigned, T value, int distance) {
   return value;
 }
 
+// Blocks run one after the other, so that nothing is to be ordered.
+inline void __threadfence() {}
+
+inline unsigned atomicInc(unsigned* address, unsigned limit) {
+  const unsigned before = *address;
+  *address = before >= limit ? 0 : before + 1;
+  return before;
+}
+
 // -- the runtime ----------------------------------------------------------------------------------
 
 using cudaStream_t = void*;
@@ -171,6 +183,10 @@ inline cudaError_t cudaGetDeviceCount(int* count) {
   *count = shim::devices;
   return cudaSuccess;
 }
+inline cudaError_t cudaMemsetAsync(void* memory, int byte, size_t count, cudaStream_t) {
+  std::memset(memory, byte, count);
+  return cudaSuccess;
+}
 template <typename Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
   return shim::current_device == shim::device_without_code ? cudaErrorNoKernelImageForDevice
@@ -183,6 +199,7 @@ void launch(void (*kernel)(Params...), int64_t blocks, cudaStream_t, const Args&
   shim::Machine& m = shim::machine();
   m.body = [&] { kernel(args...); };
   m.grid.x = unsigned(blocks);
+  ++m.launches;
   for (unsigned b = m.first_block; b < m.grid.x && b <= m.last_block; ++b) {
     m.block.x = b;
     shim::run_block(shim::kFibers);

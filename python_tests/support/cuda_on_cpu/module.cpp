@@ -26,6 +26,8 @@ void test_only_blocks(uint32_t first, uint32_t last) {
   shim::machine().last_block = last;
 }
 
+unsigned test_launches() { return shim::machine().launches; }
+
 int test_current_device() { return shim::current_device; }
 
 int test_divergent_barrier() {  // 1: the shim noticed

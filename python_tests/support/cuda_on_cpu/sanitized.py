@@ -59,6 +59,9 @@ def update(run, where, tensors, formats, rounding, options):
     return [p.read() + low.read() for p, _, low, *_ in tensors] + [found.read()]
 
 
+COUNTERS = Buffer(b"\xff" * (4 * C.tickets))  # not set yet
+
+
 def sumsq(run, where, grads, dtype):
     chunks = sum(max(1, -(-n // C.norm_chunk)) for _, n in grads)
     out, partials = Buffer(bytes(4 * len(grads))), Buffer(bytes(4 * chunks))
@@ -118,12 +121,15 @@ def check_sumsq(dtype, shift):
     sizes = (*SIZES, C.norm_chunk - 1, C.norm_chunk, 2 * C.norm_chunk + 77)
     # 0x3f in every byte: finite in each of the three formats
     grads = [(Buffer(b"\x3f" * (n * WIDTH[dtype]), shift * WIDTH[dtype]), n) for n in sizes]
-    kernels = sumsq(C.cuda_grad_sumsq, (0, 0), grads, dtype)
-    assert kernels == sumsq(C.cpu_grad_sumsq, (2,), grads, dtype)
+    loops = sumsq(C.cpu_grad_sumsq, (2,), grads, dtype)
+    for fresh in (True, False):
+        where = (COUNTERS.address, fresh, 0, 0)
+        assert sumsq(C.cuda_grad_sumsq, where, grads, dtype) == loops
+        assert not any(COUNTERS.read())
 
 
 def adalomo(run, where, tensors, formats, rounding):
-    """tensors: (p, g, low, row, col, step, sums, scratch, batch, rows, cols, numel, id, factored).
+    """tensors: (p, g, low, row, col, step, sums, batch, rows, cols, numel, id, factored).
     Returns what is written."""
     found, inv, coef = (Buffer(struct.pack("f", x)) for x in (0.0, 1 / 512, 0.7))
     weights = Buffer(struct.pack("2f", 1.0, 0.6))
@@ -131,7 +137,8 @@ def adalomo(run, where, tensors, formats, rounding):
     table = array("q", [x for row in pointers for x in row])
     codes = (C.dtypes[formats[0]], C.dtypes[formats[1]], C.roundings[rounding])
     options = (0.01, 0.1, 1e-30, 1e-3, 1.0, 0.5, 2**63 + 3)
-    scalars = (inv.address, coef.address, found.address, 0, weights.address, 2)
+    scratch = Buffer(b"\xff" * (4 * C.adalomo_scratch(table.buffer_info()[0], len(tensors))))
+    scalars = (inv.address, coef.address, found.address, 0, weights.address, 2, scratch.address)
     run(table.buffer_info()[0], len(tensors), *codes, *options, *scalars, *where)
     return [[b.read() for b in t[:7] if isinstance(b, Buffer)] for t in tensors] + [found.read()]
 
@@ -150,17 +157,16 @@ def check_adalomo(param, grad, rounding, shift):
                 (numel * WIDTH[param], numel * WIDTH[grad]))  # fmt: skip
         states = [bytes(4 * batch * n) for n in (rows, cols)] if factored else [bytes(4 * numel)]
         tiles = max(1, batch * -(-rows // 64) * -(-cols // 256))
-        size = 4 * C.adalomo_scratch(batch, rows, cols, factored)
-        data.append((p, g, bytes(2 * numel), states, tiles, size, batch, rows, cols, numel, k,
+        data.append((p, g, bytes(2 * numel), states, tiles, batch, rows, cols, numel, k,
                      int(factored)))  # fmt: skip
 
     def run(function, sums, where, several):
         tensors = []
-        for p, g, low, states, tiles, size, *rest in data:
+        for p, g, low, states, tiles, *rest in data:
             state = [Buffer(s) for s in states] + [0] * (2 - len(states))
             t = [Buffer(p, shift * WIDTH[param]), Buffer(g, shift * WIDTH[grad] % 16),
                  Buffer(low, 2 * shift) if rounding == "split" else 0, *state, Buffer(bytes(4)),
-                 Buffer(bytes(4 * tiles)), Buffer(bytes(size)), *rest]  # fmt: skip
+                 Buffer(bytes(4 * tiles)), *rest]  # fmt: skip
             row = array("q", [b.address if isinstance(b, Buffer) else b for b in t])
             sums(row.buffer_info()[0], C.dtypes[param], *where)
             tensors.append(t)
@@ -197,9 +203,7 @@ def adalomo_parts(run, sums, where, shapes, ranks, formats, rounding, data):
                 (1, end - begin, row) if len(shape) == 2 else (end - begin, *shape[1:])
             )  # fmt: skip
             whole_rows = shape[0] if joined else rows
-            kept = C.adalomo_kept(batch, rows, cols, factored, whole_rows)
-            passing = C.adalomo_scratch(batch, rows, cols, factored)
-            passing -= C.adalomo_kept(batch, rows, cols, factored, rows)
+            kept, passing = C.adalomo_sizes(batch, rows, cols, factored, whole_rows)
             tiles = max(1, batch * -(-rows // 64) * -(-cols // 256))
             moments = [Buffer(bytes(4 * batch * n)) for n in (rows, cols)]
             buffers = [
@@ -212,10 +216,12 @@ def adalomo_parts(run, sums, where, shapes, ranks, formats, rounding, data):
                 Buffer(b"\xff" * (4 * kept)),
                 Buffer(b"\xff" * (4 * passing)),
             ]
-            own = array("q", [b.address for b in buffers[:8]])
+            own = array("q", [b.address for b in buffers[:7]])
             own.extend((batch, rows, cols, numel, k, factored))
             sums(own.buffer_info()[0], codes[0], *where)
-            own.extend((buffers[8].address, begin * row, whole_rows, math.prod(shape)))
+            own.extend(
+                (buffers[7].address, buffers[8].address, begin * row, whole_rows, math.prod(shape))
+            )
             own.extend((joined, length, k))
             tables[rank].extend(own)
             written.append(buffers)
@@ -256,7 +262,7 @@ def check_adalomo_parts(param, grad, rounding):
 def check_decide(count, flags, found):
     start = struct.pack("8f", 1 / 64, 1, 0, 0, 0, 64, 2, 0)
     written = []
-    for run, where in ((C.cuda_decide, (0, 0)), (C.cpu_decide, ())):
+    for run, where in ((C.cuda_decide, (0, 0)), (C.cpu_decide, (2,))):
         decisions, out = Buffer(start), Buffer(bytes(32))
         sums = Buffer(b"\x3f" * (4 * count))
         others = Buffer(struct.pack(f"{flags}f", *[found] * flags))
