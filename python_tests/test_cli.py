@@ -40,6 +40,18 @@ def test_doctor_says_what_is_missing(capsys, monkeypatch):
     assert "reference on cpu        runs" in printed
 
 
+def test_doctor_says_that_triton_is_too_old(capsys, monkeypatch):
+    triton = pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.delattr(triton, "knobs")
+    monkeypatch.setitem(sys.modules, "triton.knobs", None)
+    monkeypatch.setattr(triton, "__version__", "3.2.0")
+    for name in [name for name in sys.modules if name.startswith("lomo_kernels.ops.triton")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert cli.main(["doctor"]) == 0
+    said = "triton on cpu           no: the kernels need triton 3.4 or later, got 3.2.0"
+    assert said in capsys.readouterr().out
+
+
 def test_installed_command():
     result = subprocess.run(
         [sys.executable, "-m", "lomo_kernels.cli", "--version"], capture_output=True, text=True

@@ -13,9 +13,8 @@ from . import checks
 
 BLOCK = 1 << 22  # elements of a gradient that exist at a time, in fp32: 16 MiB, a part of an L2
 _VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
-# torch.mm(out_dtype=torch.float32) of 16-bit factors; ROCm has it later.
-_SINCE = (2, 10) if torch.version.hip else (2, 8)
-_HAS_OUT_DTYPE = _VERSION >= _SINCE
+# torch.mm(out_dtype=torch.float32) of 16-bit factors; ROCm has it later than CUDA.
+_HAS_OUT_DTYPE = not torch.version.hip or _VERSION >= (2, 10)
 
 
 def check_products(products, rows, cols, device):

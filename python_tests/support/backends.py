@@ -31,6 +31,14 @@ def format_id(value):
     return "-".join(str(v).removeprefix("torch.") for v in value)
 
 
+def needs(name):
+    """Skips a test of the backend `name` where its package is missing or too old."""
+    if name == "triton":
+        triton = pytest.importorskip("triton", reason="triton is not installed")
+        if not hasattr(triton, "knobs"):
+            pytest.skip(f"the kernels need triton 3.4 or later, got {triton.__version__}")
+
+
 @dataclass(frozen=True)
 class Backend:
     id: str
@@ -55,8 +63,7 @@ class Backend:
             finally:
                 native._C = before
         else:
-            if self.name == "triton":
-                pytest.importorskip("triton", reason="triton is not installed")
+            needs(self.name)
             yield
 
 

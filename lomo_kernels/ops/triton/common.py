@@ -11,8 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
+try:
+    from triton import knobs
+except ImportError as error:
+    raise ImportError(f"the kernels need triton 3.4 or later, got {triton.__version__}") from error
+
 EXACT = {"enable_fp_fusion": False}  # one rounding per operation
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 # Elements whose random bits are one call of Philox (csrc/philox.h): 2**GROUP_BITS.
 GROUP, GROUP_BITS = tl.constexpr(8), tl.constexpr(3)
 
@@ -200,7 +205,7 @@ def type_of(dtype):
     return getattr(tl, name_of(dtype))
 
 
-if triton.knobs.runtime.interpret:
+if knobs.runtime.interpret:
 
     def steps(begin, end, step):
         """As tl.range: the one of Triton 3.6's interpreter fails with numpy 2.4."""
