@@ -224,7 +224,9 @@ class Watch:
         if owner is None or not self.takes(param) or _others_look(param):
             return False
         factors = Factors.of(left.detach(), right.detach(), experts)
-        return owner.on_factors(param, factors._replace(copies=copies))
+        if copies is not None:
+            factors = factors._replace(copies=copies)
+        return owner.on_factors(param, factors)
 
     @unwatched
     def receive(self, param, left, right, copies, form):
