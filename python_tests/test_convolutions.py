@@ -66,17 +66,16 @@ def test_factors_wait():
     optimizer.step()
     # Those of `third` would be larger than its gradient.
     assert "4 weights kept factors" in optimizer.explain()
-    positions = 2 * 3 * 3  # of both images, for `first`
     assert optimizer.last_waiting_bytes < 0.55 * sum(p.nbytes for p in model.parameters())
     model = build()
     optimizer = Lomo([model.first.weight], LR, strategy="one_backward")
-    loss = loss_of(model)
+    loss = loss_of(model, batch=1)
     ((_, _, nbytes, beside),) = optimizer.would_wait()[1]
     assert beside  # unlike other inputs, patches are kept for this alone
     loss.backward()
     optimizer.step()
     assert nbytes == optimizer.last_waiting_bytes
-    assert optimizer.last_waiting_bytes == positions * (WIDTH + 8 * 9) * 4
+    assert optimizer.last_waiting_bytes == 3 * 3 * (WIDTH + 8 * 9) * 4  # of 3 x 3 positions
 
 
 def test_patches_are_not_made_where_they_are_larger_than_the_gradient():

@@ -80,7 +80,7 @@ class Mixture(nn.Module):
             reentrant = self.checkpointing == "reentrant"
             x = checkpoint(self.middle, x, experts, use_reentrant=reentrant)
         back = torch.empty_like(order)
-        back[order] = torch.arange(len(order))
+        back[order] = torch.arange(len(order), device=order.device)
         return self.head(x)[back].view(*ids.shape, -1)
 
 
@@ -338,7 +338,7 @@ USES = {
     "transposed and whole": lambda x, w: F.linear(x, w.mT[0]) + x @ w[0],
     "scaled": lambda x, w: x @ (w[2] * 2.0) + x @ w[2],
     "a range": lambda x, w: (x @ w[1:3]).sum(0),
-    "a mask": lambda x, w: x @ w[torch.tensor(True)][0].sum(0) + x @ w[True][0, 1],
+    "a mask": lambda x, w: (x @ w[torch.tensor(True)] + x @ w[True]).sum((0, 1)) + x @ w[1],
     "a list": lambda x, w: x @ w[[0, 2]].sum(0) + x @ w[1],
     "two numbers": lambda x, w: x * w[1, :, 0] + (x @ w[1])[:, :1],
     "einsum": lambda x, w: torch.einsum("ti,eio->to", x, w),
@@ -362,6 +362,12 @@ GROUPED_USES = {
         grouped_mm(x, w, offs=e)[:20] for e in (ENDS, ENDS // 2 + 10)
     ),
     "all tokens to each": lambda x, w: grouped_mm(x.expand(4, *x.shape), w).sum(0),
+    "grouped otherwise": lambda x, w: (
+        grouped_mm(
+            x[:, :4].contiguous(), w.transpose(0, 1), offs=torch.arange(1, 65).clamp(max=20).int()
+        )[:20]
+        + x[:20] @ w[1]
+    ),
     "grouped and scaled": lambda x, w: grouped_mm(x, w, offs=ENDS)[:20] + x[:20] @ (w[1] * 2.0),
     "by no expert": lambda x, w: grouped_mm(x.detach(), w, offs=0 * ENDS)[:0].sum() + x,
 }

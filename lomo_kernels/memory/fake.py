@@ -62,15 +62,20 @@ def _converted(module, convert, recurse=True):
     return module
 
 
+_EXPERTS = 16
+
+
 def _evenly_if_fake(to_host):
-    """Of fake tensors, where each expert has as many tokens as any other."""
+    """Of fake tensors, where the first experts share the tokens evenly: more of them than these
+    would take more time, and what waits does not depend on it."""
 
     def call(ends):
         ends = list(ends)
         for each in ends:
             if isinstance(each.tensor, FakeTensor):
-                count = len(each.tensor)
-                each.read = [each.tokens * (i + 1) // count for i in range(count)]
+                every = len(each.tensor)
+                count = min(every, _EXPERTS)
+                each.read = [each.tokens * min(i + 1, count) // count for i in range(every)]
         to_host(ends)
 
     return staticmethod(call)

@@ -37,9 +37,10 @@ class Lomo(FusedOptimizer):
         norm: "global": one norm of all gradients, known before the first update. "tensor": each
             tensor is clipped by its own norm, inside backward.
         strategy: how the global norm is known before the first update. "one_backward": gradients
-            wait for `step()`, those of weight matrices as the two factors they are a product of
-            (input and output gradient of the layer), or as they are where that is smaller; so
-            too, where asked for, without clip_grad_norm. Backwards before a step then add up.
+            wait for `step()`, those of weight matrices, experts and convolutions as the two factors
+            they are a product of (input and output gradient of the layer), or as they are where
+            that is smaller; so too, where asked for, without clip_grad_norm. Backwards before a
+            step then add up.
             "two_backward": backward runs twice, as in the paper, and nothing waits; for `backward`
             and `grad_norm`. "partial": likewise, but gradients of the layers nearest the input
             wait, up to `factor_budget`, and the second backward ends above them. "auto": one
