@@ -53,6 +53,7 @@ PAGES = {
         "strategies": strategies.table,
         "cards": memory.cards,
     },
+    "docs/adapters.md": {"adapters": memory.adapters},
     "docs/memory.md": {"table1": memory.table1},
     "docs/strategies.md": {"strategies": strategies.whole_table},
     "docs/study.md": {"study": study_table.table},

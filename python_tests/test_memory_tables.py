@@ -10,6 +10,7 @@ from bench import memory, record
 
 ROWS = record.read("table1")
 CARDS = record.read("cards")
+ADAPTED = record.read("adapters")
 
 
 def test_parameters_gradients_and_states_are_the_papers():
@@ -44,6 +45,28 @@ def test_cards_are_what_the_plan_says():
 def test_every_model_has_every_card():
     listed = [memory.card_of(row) for row in CARDS]
     assert listed == [(model, card) for model in memory.MODELS for card in memory.CARDS]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_adapters_are_what_the_plan_says():
+    pytest.importorskip("peft", reason="peft is not installed")
+    assert [memory.way_of(row) for row in ADAPTED] == [
+        (model, *way) for model in memory.ADAPTED for way in memory.WAYS
+    ]
+    row, model, way = ADAPTED[0], memory.ADAPTED[0], next(iter(memory.WAYS))
+    found = memory.adapter_row(model, way)
+    assert {key: str(value) for key, value in found.items()} == {key: row[key] for key in found}
+
+
+def test_full_tuning_needs_what_lora_needs():
+    """By lomo in two backwards, with LoRA beside it or without, within 2 %."""
+    peaks = {memory.way_of(row): int(row["peak_bytes"]) for row in ADAPTED}
+    lora, _, _, lomo, both, adamw = memory.WAYS
+    for model in memory.ADAPTED:
+        like_lora = pytest.approx(peaks[(model, *lora)], rel=0.02)
+        assert peaks[(model, *lomo)] == like_lora
+        assert peaks[(model, *both)] == like_lora
+        assert peaks[(model, *adamw)] > 3 * peaks[(model, *both)]
 
 
 @pytest.mark.parametrize("card", [memory.Card(8, 24), memory.Card(1, 24, "cpu")], ids=str)

@@ -246,6 +246,7 @@ def test_it_shows_host_memory(config, capsys):
         ),
         (["--adapter", "lora", "--devices", 2], "adapter must be None with sharding 'fsdp2', got"),
         (["--adapter", "prefix", "--checkpointing"], "checkpointing must be None with a prefix"),
+        (["--adapter", "lora", "--lora-dropout", 1], "lora_dropout must be at least 0 and below 1"),
         (["--adapter", "lora", "--lora-rank", 0], "lora_rank must be a whole number of at least 1"),
         (["--batch", 0], "batch must be a whole number of at least 1, got 0"),
         (["--devices", 0], "devices must be a whole number of at least 1, got 0"),

@@ -151,9 +151,10 @@ def _cause_alone():
 def _tensors(model, optimizers):
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
+    weights = _weights(model)  # first: it ends what FSDP2 has gathered, which torch cannot name
     # one by one: torch misses states where one optimizer has some and another none
     states = {str(i): get_optimizer_state_dict(model, each) for i, each in enumerate(optimizers)}
-    return {"model": _weights(model), "optimizers": states}
+    return {"model": weights, "optimizers": states}
 
 
 def _weights(model):

@@ -204,6 +204,8 @@ def plan(
     for name, value, default in (("units", units, "layer"), ("offload", offload, None)):
         if sharding == "none" and value != default:
             raise ValueError(f"{name} {value!r} needs sharding 'fsdp2', got 'none'")
+    if not 0 <= lora_dropout < 1:
+        raise ValueError(f"lora_dropout must be at least 0 and below 1, got {lora_dropout!r}")
     if adapter is not None and sharding != "none":
         raise ValueError(f"adapter must be None with sharding {sharding!r}, got {adapter!r}")
     if adapter == "prefix" and checkpointing is not None:
