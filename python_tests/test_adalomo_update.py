@@ -11,6 +11,7 @@ from backends import (
     F16,
     F32,
     FORMATS,
+    backends,
     bits,
     format_id,
     implementations,

@@ -181,10 +181,10 @@ def would_wait(config, job):
     """`FusedOptimizer.would_wait` of a model."""
     with _fake_model(config, job) as (model, device):
         (optimizer, *_), _ = optimizers.make(job.optimizer, model, dict(job.options))
+        # an optimizer of parameters knows no names, and after forward a sharded model has others
+        names = {id(param): name for name, param in model.named_parameters()}
         loss_of(model, job, device)
         few, listed, others = optimizer.would_wait()
-        # an optimizer of parameters knows no names
-        names = {id(param): name for name, param in model.named_parameters()}
         return few, [each._replace(name=names[each.key]) for each in listed], others
 
 
