@@ -159,6 +159,6 @@ def _origin(rows):
         origin = f"{row['device']}; {row['versions']}; {row['date']}"
         commits.setdefault(origin, {})[row["commit"]] = None
     return "".join(
-        f"\n{origin}; commits {', '.join(some)} ([rows](/bench/results/study.csv)).\n"
+        f"\n{origin}; commits {', '.join(some)}. Rows: `bench/results/study.csv`.\n"
         for origin, some in commits.items()
     )
