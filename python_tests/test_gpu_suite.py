@@ -90,6 +90,7 @@ def test_what_the_suite_would_do_with_a_gpu(tmp_path, monkeypatch):
             "native",
             "triton",
             "gpu",
+            "compile",
             "touch",
             "memcheck",
             "racecheck",
