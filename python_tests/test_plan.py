@@ -295,8 +295,8 @@ def run(*arguments):
             {"shards": 4, "optimizer": "adamw-master"},
         ),
         (
-            ["--device-memory", 2**22, "--search", "sequence"],
-            {"device_memory_bytes": 2**22, "largest_batch": None},
+            ["--device-memory", 2**25, "--search", "sequence"],
+            {"device_memory_bytes": 2**25, "largest_batch": None},
         ),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
@@ -362,6 +362,7 @@ def test_an_adapter_has_states_in_float32(config, options, trained, capsys):
     assert found["maxima_bytes"]["parameters"] == parameters
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_dropout_of_an_adapter_is_planned(config, capsys):
     pytest.importorskip("peft", reason="peft is not installed")
     activations = []

@@ -210,6 +210,10 @@ for page, language, code, reason in BLOCKS:
         PYTHON[page].append(code)
 
 
+@pytest.mark.filterwarnings(  # of torch.compile itself
+    "ignore:`torch.jit.script:DeprecationWarning",
+    "ignore:The .grad attribute of a Tensor that is not",
+)
 @pytest.mark.parametrize("page", list(PYTHON))
 def test_python_runs(page):
     if page in ELSEWHERE:

@@ -90,7 +90,7 @@ def lomo_update_(
 
 
 # (device, stream) -> memory of csrc/kernels.h, Tickets, which calls on one stream may share.
-_COUNTERS = {}
+_COUNTERS: dict[tuple, torch.Tensor] = {}
 
 
 def _tickets(device, stream):

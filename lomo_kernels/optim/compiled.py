@@ -23,6 +23,7 @@ them:
 """
 
 import contextlib
+from typing import Any
 
 import torch
 import torch.fx.traceback
@@ -33,12 +34,12 @@ from .products import without_padding
 try:
     from torch._library.effects import EffectType
 except ImportError:  # an old torch: compiled code leaves ordinary gradients
-    EffectType = None
+    EffectType = None  # type: ignore[assignment,misc]
 
 AVAILABLE = EffectType is not None and hasattr(torch.library.Library, "_register_effectful_op")
 
-watch_of = None  # (weight) -> its Watch or None; watching.py sets both
-watched = None  # (id of a weight) -> (its Watch, the weight)
+watch_of: Any = None  # (weight) -> its Watch or None; watching.py sets both
+watched: Any = None  # (id of a weight) -> (its Watch, the weight)
 
 
 # -- when compiled code runs -----------------------------------------------------------------------

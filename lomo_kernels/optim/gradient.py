@@ -15,7 +15,7 @@ Related: Book-Keeping (arXiv 2210.00038); zero-bubble pipelines (arXiv 2401.1024
 import itertools
 from collections import defaultdict
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -97,7 +97,7 @@ class Piece(NamedTuple):
     """
 
     param: torch.Tensor
-    grad: torch.Tensor | None
+    grad: Any  # a tensor; None for `update_product`
     rows: slice | None = None  # of the parameter as a matrix [., cols]; None: the whole parameter
     cols: int = 0
     first: int = 0

@@ -268,7 +268,7 @@ def watch_of(param):
     return None
 
 
-_WATCHES = weakref.WeakSet()
+_WATCHES: weakref.WeakSet = weakref.WeakSet()
 
 
 def _watched(key):
