@@ -14,7 +14,13 @@ NORM_CHUNK = _C.norm_chunk
 # name, in the order that C++ has.
 _ROW = {name: itemgetter(*fields) for name, fields in _C.structs.items()}
 _ARGUMENTS = {name: itemgetter(*names) for name, names in _C.arguments.items()}
-_TENSOR_REF, _GRAD_REF = _ROW["TensorRef"], _ROW["GradRef"]
+# Rows that every step fills are written in this order: by name each would cost a microsecond more.
+_ORDER = {
+    "TensorRef": ["param", "grad", "low", "numel", "offset", "param_id"],
+    "GradRef": ["grad", "numel"],
+}
+if any(_C.structs[name] != fields for name, fields in _ORDER.items()):
+    raise ImportError("lomo_kernels._C is of another version than the package: build it again")
 _NO_ADDRESSES = dict.fromkeys(_C.structs["AdaRef"], 0)
 
 
@@ -73,13 +79,8 @@ def lomo_update_(
     rows = array("q")
     for param, grad, low, offset, param_id in zip(params, grads, lows, offsets, param_ids):
         rows.extend(
-            _TENSOR_REF(
-                {
-                    "param": param.data_ptr(), "grad": grad.data_ptr(), "low": _address(low),
-                    "numel": param.numel(), "offset": offset, "param_id": param_id,
-                }
-            )
-        )  # fmt: skip
+            (param.data_ptr(), grad.data_ptr(), _address(low), param.numel(), offset, param_id)
+        )
     numbers |= {
         "rows": rows.buffer_info()[0], "count": len(params), "param": _DTYPE[params[0].dtype],
         "grad": _DTYPE[grads[0].dtype], "rounding": _ROUNDING[rounding],
@@ -110,7 +111,7 @@ def grad_sumsq_(sumsq, grads, *, inv_scale, found_inf):
     chunks = 0
     for grad in grads:
         numel = grad.numel()
-        rows.extend(_GRAD_REF({"grad": grad.data_ptr(), "numel": numel}))
+        rows.extend((grad.data_ptr(), numel))
         chunks += max(1, -(-numel // NORM_CHUNK))
     partials = sumsq.new_empty(chunks) if chunks > len(grads) else None
     arguments = {
