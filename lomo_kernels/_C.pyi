@@ -120,10 +120,9 @@ def cuda_adalomo_parts(
     arg19: int,
     arg20: int,
     arg21: int,
-    device: int,
-    stream: int,
+    arg22: int,
 ) -> None: ...
-def cuda_adalomo_sums(arg0: int, arg1: int, arg2: int, device: int, stream: int) -> None: ...
+def cuda_adalomo_sums(arg0: int, arg1: int, arg2: int, arg3: int) -> None: ...
 def cuda_adalomo_update(
     arg0: int,
     arg1: int,
@@ -145,8 +144,7 @@ def cuda_adalomo_update(
     arg17: int,
     arg18: int,
     arg19: int,
-    device: int,
-    stream: int,
+    arg20: int,
 ) -> None: ...
 def cuda_decide(
     arg0: int,
@@ -161,9 +159,9 @@ def cuda_decide(
     arg9: float,
     arg10: int,
     arg11: int,
-    device: int,
-    stream: int,
+    arg12: int,
 ) -> None: ...
+def cuda_device_count() -> int: ...
 def cuda_grad_sumsq(
     arg0: int,
     arg1: int,
@@ -173,8 +171,9 @@ def cuda_grad_sumsq(
     arg5: int,
     arg6: int,
     arg7: int,
-    device: int,
-    stream: int,
+    arg8: bool,
+    arg9: int,
+    arg10: int,
 ) -> None: ...
 def cuda_lomo_update(
     arg0: int,
@@ -192,8 +191,6 @@ def cuda_lomo_update(
     arg12: int,
     arg13: int,
     arg14: int,
-    device: int,
-    stream: int,
+    arg15: int,
 ) -> None: ...
-def cuda_device_count() -> int: ...
 def cuda_unavailable(arg0: int) -> str | None: ...

@@ -325,7 +325,8 @@ def alive():
     """Bytes of the storages of all tensors that Python knows."""
     gc.collect()
     with torch._C.DisableTorchFunctionSubclass():
-        found = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+        tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+        found = [t for t in tensors if t.layout is torch.strided]  # others have no storage
         return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in found}
 
 

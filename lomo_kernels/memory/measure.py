@@ -11,7 +11,7 @@ from .recorder import CATEGORIES, Recorder
 from .timeline import Summary, moments, summarise, whole
 
 
-def measure(module: torch.nn.Module, *optimizers: torch.optim.Optimizer) -> "Measurement":
+def measure(module: torch.nn.Module, *optimizers: torch.optim.Optimizer | None) -> "Measurement":
     """Records the memory of a training step, in bytes, by following tensor storages.
 
     ::
@@ -30,7 +30,7 @@ def measure(module: torch.nn.Module, *optimizers: torch.optim.Optimizer) -> "Mea
 
     Args:
         module: any torch module.
-        optimizers: torch optimizers of its parameters; without one there are no states.
+        optimizers: torch optimizers of its parameters; without one, or None, there are no states.
 
     Returns:
         A context manager that gives a `Measurement`, to be read after the block.
@@ -38,7 +38,7 @@ def measure(module: torch.nn.Module, *optimizers: torch.optim.Optimizer) -> "Mea
     Raises:
         RuntimeError: a figure is asked for inside the block.
     """
-    return Measurement(module, optimizers)
+    return Measurement(module, [each for each in optimizers if each is not None])
 
 
 class Measurement:
