@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 import transformers
 
-from lomo_kernels import Lomo, memory
+from lomo_kernels import memory
 
-from . import record
-from .llama import Shape, config_values
+from . import bench_train_step, record
+from .llama import config_values
 
 FOLDER = Path(__file__).parent.parent / "docs" / "pictures"
-KINDS = ("parameters", "gradients", "states", "activations", "other")
+KINDS = memory.CATEGORIES
 # Distinct for readers who do not tell red from green (Okabe and Ito's palette).
 COLOURS = dict(zip(KINDS, ("#0072b2", "#e69f00", "#56b4e9", "#009e73", "#bbbbbb")))
 GIB = 2**30
@@ -50,37 +50,26 @@ def kinds_rows():
         }
 
 
-OVER_TIME = {"SGD": {"sgd": True}, "Lomo, one backward": {"strategy": "one_backward"},
-             "Lomo, two backwards": {"strategy": "two_backward"}}  # fmt: skip
-SHAPE, TOKENS = Shape(512, 1376, 8, 8, 8, 8192), 256
+OVER_TIME = {  # name in the picture -> a step of bench_train_step
+    "SGD": bench_train_step.STEPS["SGD", ""],
+    "Lomo, one backward": bench_train_step.STEPS["Lomo", "one_backward"],
+    "Lomo, two backwards": bench_train_step.STEPS["Lomo", "two_backward"],
+}
+SHAPE, TOKENS = bench_train_step.SIZES["34M"], 256
 POINTS = 120  # of a line; each is the worst moment of as many events
 
 
 def over_time_rows():
     """A clipped step, after one that made the states; random weights and tokens."""
-    for name, options in OVER_TIME.items():
+    for name, made in OVER_TIME.items():
         torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(**config_values(SHAPE))
-        ).train()
+        config = transformers.LlamaConfig(**config_values(SHAPE))
+        model = transformers.LlamaForCausalLM(config).train()
         ids = torch.randint(SHAPE.vocabulary, (1, TOKENS))
-        if "sgd" in options:
-            optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
-
-            def step(model=model, optimizer=optimizer, ids=ids):
-                model(input_ids=ids, labels=ids).loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-        else:
-            optimizer = Lomo(model, lr=1e-4, clip_grad_norm=1.0, **options)
-
-            def step(model=model, optimizer=optimizer, ids=ids):
-                optimizer.backward(model(input_ids=ids, labels=ids).loss)
-
-        step()
+        optimizer, step = made(model)
+        step(model(input_ids=ids, labels=ids).loss)
         with memory.measure(model, optimizer) as measured:
-            step()
+            step(model(input_ids=ids, labels=ids).loss)
         lines = measured.timeline()
         known = lines["parameters"].index(max(lines["parameters"]))  # before it they are listed
         lines = {kind: sizes[known:] for kind, sizes in lines.items()}

@@ -88,12 +88,10 @@ def step():
 def study():
     """Means over the seeds of the test part."""
     methods = ("lomo", "adalomo", "adamw", "lora")
+    tests = [r for r in record.read("study") if (r["task"], r["part"]) == ("wordnet", "test")]
     right, held = {}, {}
     for name in methods:
-        rows = [
-            row for row in record.read("study")
-            if row["task"] == "wordnet" and row["method"] == name and row["part"] == "test"
-        ]  # fmt: skip
+        rows = [row for row in tests if row["method"] == name]
         right[name] = sum(int(r["right"]) for r in rows) / sum(int(r["count"]) for r in rows)
         held[name] = max(int(r["gradient_bytes"]) + int(r["state_bytes"]) for r in rows) / GIB
     lomo, adalomo, adamw, lora = (f"{right[name]:.3f}" for name in methods)

@@ -18,8 +18,8 @@ from .finetune import config
 from .finetune.ranks import LostError, Watch
 from .finetune.settings import typed
 from .integrations import shapes
-from .integrations.library import ModelError
-from .integrations.peft import ADAPTERS
+from .integrations.common import ModelError
+from .integrations.peft import ADAPTERS, ALONE
 from .optim import OPTIMIZERS
 from .optim.arguments import STRATEGIES
 
@@ -224,7 +224,7 @@ def _tune(options):
     finetune.compare(settings, report, others, display)
     doubt = report.doubt()
     if output.out is not None:
-        kind = "adapter" if settings.adapter in ("lora", "prefix") else "model"
+        kind = "adapter" if settings.adapter in ALONE else "model"
         what = f"fine-tuned {kind}" if doubt is None else kind
         display.say(f"the {what} is in {output.out}/model")
     if doubt is not None:

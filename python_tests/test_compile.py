@@ -424,11 +424,12 @@ def operators(graph):
 
 
 def captured(model, example):
-    """What newer exports begin with."""
+    """What newer exports begin with, in the state that torch.export runs it in."""
     functional_export = pytest.importorskip(
         "torch._dynamo.functional_export", reason="this torch exports in other ways alone"
     )
-    return functional_export.dynamo_graph_capture_for_export(model)(example)
+    with torch._export.utils._compiling_state_context():
+        return functional_export.dynamo_graph_capture_for_export(model)(example)
 
 
 EXPORTS = {

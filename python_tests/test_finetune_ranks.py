@@ -27,7 +27,7 @@ from lomo_kernels.finetune import checkpoint, job, stepping  # noqa: E402
 from lomo_kernels.finetune.examples import Example, batch_of  # noqa: E402
 from lomo_kernels.finetune.ranks import Ranks, joined  # noqa: E402
 from lomo_kernels.integrations import weights  # noqa: E402
-from lomo_kernels.integrations.library import ModelError  # noqa: E402
+from lomo_kernels.integrations.common import ModelError  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,

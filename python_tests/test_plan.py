@@ -15,7 +15,7 @@ import torch
 
 from lomo_kernels import cli
 from lomo_kernels.integrations import shapes
-from lomo_kernels.integrations.library import ModelError
+from lomo_kernels.integrations.common import ModelError
 from lomo_kernels.memory import CATEGORIES, OPTIMIZERS, plan, report
 from lomo_kernels.memory.plan import byte_count
 from lomo_kernels.memory.predict import Job, largest, model_of, predict, record

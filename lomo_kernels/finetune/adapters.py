@@ -17,7 +17,7 @@ def check(settings):
         ModelError: it is not installed.
     """
     if settings.adapter is not None:
-        peft.library()
+        peft.installed()
 
 
 def check_used(several):

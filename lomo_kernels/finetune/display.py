@@ -4,7 +4,7 @@ import contextlib
 import os
 import resource
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
 import torch
@@ -81,7 +81,7 @@ class Display:
         with bar:
             yield show
 
-    def table(self, reports: Iterable[Report]) -> None:
+    def table(self, reports: Sequence[Report]) -> None:
         """One row a run."""
         from rich.table import Table
 

@@ -13,7 +13,7 @@ import torch
 
 from .. import optim
 from ..integrations import weights
-from ..integrations.peft import ADAPTERS
+from ..integrations.peft import ADAPTERS, ALONE
 from ..optim.arguments import STRATEGIES
 from .scoring import RULES
 from .superglue import TASKS
@@ -163,8 +163,8 @@ class Settings:
         if self.clip_grad_norm == 0:
             object.__setattr__(self, "clip_grad_norm", None)
         if self.optimizer is None:
-            alone = self.adapter in ADAPTER_LRS
-            object.__setattr__(self, "optimizer", "adamw" if alone else "lomo")
+            name = "adamw" if self.adapter in ALONE else "lomo"
+            object.__setattr__(self, "optimizer", name)
         self._one_of("optimizer", tuple(OPTIMIZERS))
         if self.optimizer not in OURS:
             for name, able in OURS_ALONE.items():
@@ -222,7 +222,7 @@ class Settings:
         if self.adapter is None:
             return
         self._one_of("adapter", ADAPTERS)
-        able = ("adamw",) if self.adapter in ADAPTER_LRS else tuple(OURS)
+        able = ("adamw",) if self.adapter in ALONE else tuple(OURS)
         wanted = f"{' or '.join(able)} with adapter {self.adapter}"
         self._check("optimizer", lambda name: name in able, wanted)
         if self.adapter == "lora+lomo":

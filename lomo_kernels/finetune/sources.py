@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..integrations.library import short
+from ..integrations.common import short
 
 
 class DataError(Exception):

@@ -2,23 +2,19 @@
 
 import torch
 
-from .library import ModelError, short
+from .common import ModelError, needed, short
+
+ALONE = ("lora", "prefix")  # in place of the model's weights
+ADAPTERS = (*ALONE, "lora+lomo")
 
 
-def library():
+def installed():
     """The module peft.
 
     Raises:
         ModelError: it is not installed.
     """
-    try:
-        import peft
-    except ImportError as error:
-        raise ModelError("an adapter needs peft: pip install 'lomo_kernels[adapters]'") from error
-    return peft
-
-
-ADAPTERS = ("lora", "prefix", "lora+lomo")
+    return needed("peft", "an adapter", "adapters")
 
 
 def with_lora(model, *, rank, alpha=1.0, dropout=0.0, targets=None, base=None, frozen=True):
@@ -39,7 +35,7 @@ def with_lora(model, *, rank, alpha=1.0, dropout=0.0, targets=None, base=None, f
     Raises:
         ModelError: peft knows no choice, or there is no such module.
     """
-    peft = library()
+    peft = installed()
     names = targets if targets in (None, "all-linear") else targets.split(",")
     if isinstance(names, list):
         _check_names(model, names)
@@ -82,7 +78,7 @@ def with_prefix(model, ids, *, base=None):
     Raises:
         ModelError: peft's prefix does not go with this kind of model.
     """
-    peft = library()
+    peft = installed()
     config = peft.PrefixTuningConfig(
         num_virtual_tokens=len(ids), task_type=peft.TaskType.CAUSAL_LM, base_model_name_or_path=base
     )

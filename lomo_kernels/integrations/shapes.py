@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from unittest import mock
 
-from .library import ModelError, short, transformers_for, without_bars
+from .common import ModelError, short, transformers_for, without_bars
 
 _LLAMA = {"model_type": "llama", "max_position_embeddings": 1 << 20}
 

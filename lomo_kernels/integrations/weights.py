@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from .library import ModelError, short, transformers_for, without_bars
+from .common import ModelError, short, transformers_for, without_bars
 from .shapes import from_config
 from .sharding import shard
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..integrations import shapes
-from ..integrations.peft import ADAPTERS
+from ..integrations.peft import ADAPTERS, ALONE
 from ..integrations.sharding import UNITS
 from . import report
 from .optimizers import OPTIMIZERS, RELEASING
@@ -186,9 +186,8 @@ def plan(
         RuntimeError: `devices` above 1 inside a process group.
     """
     _one_of("adapter", adapter, (None, *ADAPTERS))
-    alone = adapter in ("lora", "prefix")
     if optimizer is None:
-        optimizer = "adamw" if alone else "lomo"
+        optimizer = "adamw" if adapter in ALONE else "lomo"
     able = {None: OPTIMIZERS, "lora+lomo": tuple(RELEASING)}.get(adapter, ("adamw",))
     _one_of("optimizer", optimizer, able)
     _one_of("dtype", dtype, DTYPES)

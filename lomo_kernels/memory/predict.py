@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from ..integrations import peft, shapes
-from ..integrations.library import ModelError
+from ..integrations.common import ModelError
 from ..integrations.sharding import shard
 from ..optim.choosing import Waits, chosen, default_budget
 from . import optimizers, sharded

@@ -104,9 +104,8 @@ def check_options(lr, weight_decay, clip_value, rounding, seed):
     return clip_value
 
 
-_WRAPS: dict[
-    type, bool
-] = {}  # class of a tensor -> whether it wraps others; asking torch takes a microsecond
+# Class of a tensor -> whether it wraps others; asking torch takes a microsecond.
+_WRAPS: dict[type, bool] = {}
 
 
 def check_tensor(name, tensor, dtypes=DTYPES):

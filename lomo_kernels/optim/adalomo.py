@@ -84,12 +84,10 @@ class AdaLomo(FusedOptimizer):
             "rounding": rounding,
             "seed": seed,
         }
-        self._sums: dict[
-            int, Any
-        ] = {}  # id(param) -> (sums of squares, version and address of the parameter)
-        self._aliases: dict[
-            int, Any
-        ] = {}  # id(param) -> weak reference to the tensor that `.data` gave
+        # By id(param): (sums of squares, version and address of the parameter), and a weak
+        # reference to the tensor that `.data` gave.
+        self._sums: dict[int, Any] = {}
+        self._aliases: dict[int, Any] = {}
         super().__init__(
             model_or_params,
             defaults,
@@ -123,7 +121,7 @@ class AdaLomo(FusedOptimizer):
         pieces: list[Piece],
         group: dict[str, Any],
         numbers: list[int],
-        scalars: dict[str, Tensor | None],
+        scalars: dict[str, Any],
     ) -> None:
         if self.ranks is not None:
             self.update_all([(pieces, group, numbers, scalars)])

@@ -54,19 +54,18 @@ class Norms:
         """
         devices = defaultdict(list)
         for number, gradient in numbered:
-            if (
-                gradient.factors
-                and gradient.dense is None
-                and _gram_is_cheaper(gradient)
-                and self._cancellation.trusts(number)
-            ):
-                devices[gradient.device].append((number, gradient))
+            if not gradient.factors or gradient.dense is not None:
+                continue
+            if not self._cancellation.trusts(number):
+                continue
+            products = gradient.products()
+            if _gram_is_cheaper(products, gradient.shape):
+                devices[gradient.device].append((number, _with_tokens(products)))
         measured = set()
         for device, group in devices.items():
-            numbers, gradients = zip(*sorted(group, key=lambda each: each[0]))
+            numbers, products = zip(*sorted(group, key=lambda each: each[0]))
             first = numbers[0]
             slots = self.slots(device, first, numbers[-1] - first + 1)
-            products = [_with_tokens(gradient.products()) for gradient in gradients]
             counts = [len(each) for each in products]
             in_place = len(slots) == len(numbers) == sum(counts)
             sumsq = slots if in_place else slots.new_empty(sum(counts))
@@ -101,11 +100,11 @@ class Norms:
         )
 
 
-def _gram_is_cheaper(gradient):
+def _gram_is_cheaper(products, shape):
     """Of all experts together: the tokens are those that a token meets, on average."""
-    tokens = [tokens_of(pairs) for pairs in gradient.products()]
+    tokens = [tokens_of(pairs) for pairs in products]
     met = sum(count**2 for count in tokens) / max(1, sum(tokens))
-    return ops.gram_is_cheaper(met, *gradient.shape)
+    return ops.gram_is_cheaper(met, *shape)
 
 
 def _with_tokens(products):

@@ -1,6 +1,7 @@
-"""The library transformers: whether it is there, and what goes wrong in it, in one sentence."""
+"""What the doors share: whether a library is there, and what goes wrong in it, in one sentence."""
 
 import contextlib
+import importlib
 
 
 class ModelError(Exception):
@@ -12,19 +13,23 @@ def short(error):
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def transformers_for(what):
-    """The library.
+def needed(name, what, extra):
+    """The library of that name.
+
+    Args:
+        extra: of this package, which installs it.
 
     Raises:
         ModelError: `what` needs it, and it is not installed.
     """
     try:
-        import transformers
+        return importlib.import_module(name)
     except ImportError as error:
-        raise ModelError(
-            f"{what} needs transformers: pip install 'lomo_kernels[finetune]'"
-        ) from error
-    return transformers
+        raise ModelError(f"{what} needs {name}: pip install 'lomo_kernels[{extra}]'") from error
+
+
+def transformers_for(what):
+    return needed("transformers", what, "finetune")
 
 
 @contextlib.contextmanager
