@@ -362,6 +362,19 @@ def test_an_adapter_has_states_in_float32(config, options, trained, capsys):
     assert found["maxima_bytes"]["parameters"] == parameters
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--lora-rank", 4], "lora_rank must be left out without adapter lora or lora+lomo, got 4"),
+        (["--adapter", "prefix", "--lora-dropout", 0.1], "lora_dropout must be left out"),
+        (["--adapter", "lora", "--prefix-tokens", 5], "without adapter prefix, got 5"),
+    ],
+)
+def test_options_that_no_adapter_looks_at_are_refused(config, options, said, capsys):
+    assert run("--model", config, *options) == 2
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_dropout_of_an_adapter_is_planned(config, capsys):
     pytest.importorskip("peft", reason="peft is not installed")

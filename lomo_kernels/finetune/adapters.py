@@ -6,7 +6,7 @@ import torch
 
 from ..integrations import peft, weights
 from . import stepping
-from .settings import ADAPTER_OPTIONS, Settings
+from .settings import Settings
 from .sources import DataError
 
 
@@ -26,14 +26,15 @@ def check_used(several):
     Raises:
         ValueError: which, and whose they are.
     """
-    kinds = {settings.adapter for settings in several}
+    values = {name: getattr(several[0], name) for name in peft.OPTIONS}
     defaults = {each.name: each.default for each in fields(Settings)}
-    for name, able in ADAPTER_OPTIONS.items():
-        value = getattr(several[0], name)
-        if value != defaults[name] and not kinds & set(able):
-            raise ValueError(
-                f"{name} must be left out without adapter {' or '.join(able)}, got {value!r}"
-            )
+    peft.check_used(values, defaults, [settings.adapter for settings in several])
+
+
+def planned(settings):
+    """What `memory.plan` takes of the adapter's options."""
+    names = ("lora_rank", "lora_dropout", "lora_targets", "prefix_tokens")
+    return {n: getattr(settings, n) for n in names if settings.adapter in peft.OPTIONS[n]}
 
 
 def added(settings, model, examples):

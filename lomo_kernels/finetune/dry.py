@@ -35,9 +35,8 @@ def dry_run(settings: Settings, display: Display) -> memory.Plan:
     clips = settings.clip_grad_norm if settings.norm == "global" else None
     plan = memory.plan(
         weights.load_config(settings.model),
-        optimizer=settings.optimizer, adapter=settings.adapter, lora_rank=settings.lora_rank,
-        lora_dropout=settings.lora_dropout, lora_targets=settings.lora_targets,
-        prefix_tokens=settings.prefix_tokens, clip_grad_norm=clips, strategy=settings.strategy,
+        optimizer=settings.optimizer, adapter=settings.adapter, **adapters.planned(settings),
+        clip_grad_norm=clips, strategy=settings.strategy,
         rounding=settings.rounding, dtype=settings.dtype,
         batch=-(-settings.batch_size // processes), sequence=max(sizes),
         checkpointing="non_reentrant" if settings.checkpointing else None,

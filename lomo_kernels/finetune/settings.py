@@ -32,13 +32,6 @@ OURS_ALONE = {  # option -> what torch's optimizers do of it
     "loss_scale": ("auto", None),
     "backend": ("auto",),
 }
-ADAPTER_OPTIONS = {  # option -> adapters that have it
-    "adapter_lr": ("lora+lomo",),
-    "prefix_tokens": ("prefix",),
-    **dict.fromkeys(
-        ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"), ("lora", "lora+lomo")
-    ),
-}
 DEFAULT_STEPS = 32  # on the default data: about five minutes on two CPU cores
 SCHEDULES = ("linear", "cosine", "constant")
 SHARDINGS = ("none", "fsdp2")

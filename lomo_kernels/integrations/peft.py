@@ -6,6 +6,30 @@ from .common import ModelError, needed, short
 
 ALONE = ("lora", "prefix")  # in place of the model's weights
 ADAPTERS = (*ALONE, "lora+lomo")
+OPTIONS = {  # option -> adapters that have it
+    "adapter_lr": ("lora+lomo",),
+    "prefix_tokens": ("prefix",),
+    **dict.fromkeys(
+        ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"), ("lora", "lora+lomo")
+    ),
+}
+
+
+def check_used(values, defaults, adapters):
+    """Finds options that none of the adapters would look at.
+
+    Args:
+        values, defaults: of options, by name.
+
+    Raises:
+        ValueError: which, and whose they are.
+    """
+    for name, value in values.items():
+        able = OPTIONS[name]
+        if value != defaults[name] and not set(adapters) & set(able):
+            raise ValueError(
+                f"{name} must be left out without adapter {' or '.join(able)}, got {value!r}"
+            )
 
 
 def installed():

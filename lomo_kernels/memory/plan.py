@@ -1,5 +1,6 @@
 """What a training step of a model would need, without the model."""
 
+import inspect
 import itertools
 import math
 import re
@@ -8,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..integrations import shapes
-from ..integrations.peft import ADAPTERS, ALONE
+from ..integrations import peft, shapes
 from ..integrations.sharding import UNITS
 from . import report
 from .optimizers import OPTIMIZERS, RELEASING
@@ -185,9 +185,9 @@ def plan(
         ModelError: there is no such model, or transformers cannot build it.
         RuntimeError: `devices` above 1 inside a process group.
     """
-    _one_of("adapter", adapter, (None, *ADAPTERS))
+    _one_of("adapter", adapter, (None, *peft.ADAPTERS))
     if optimizer is None:
-        optimizer = "adamw" if adapter in ALONE else "lomo"
+        optimizer = "adamw" if adapter in peft.ALONE else "lomo"
     able = {None: OPTIMIZERS, "lora+lomo": tuple(RELEASING)}.get(adapter, ("adamw",))
     _one_of("optimizer", optimizer, able)
     _one_of("dtype", dtype, DTYPES)
@@ -214,6 +214,13 @@ def plan(
             raise ValueError(f"{name} {value!r} needs sharding 'fsdp2', got 'none'")
     if not 0 <= lora_dropout < 1:
         raise ValueError(f"lora_dropout must be at least 0 and below 1, got {lora_dropout!r}")
+    of_adapter = {
+        "lora_rank": lora_rank, "lora_dropout": lora_dropout, "lora_targets": lora_targets,
+        "prefix_tokens": prefix_tokens,
+    }  # fmt: skip
+    defaults = {name: inspect.signature(plan).parameters[name].default for name in of_adapter}
+    peft.check_used(of_adapter, defaults, [adapter])
+    of_adapter = {n: value for n, value in of_adapter.items() if adapter in peft.OPTIONS[n]}
     if adapter is not None and sharding != "none":
         raise ValueError(f"adapter must be None with sharding {sharding!r}, got {adapter!r}")
     if adapter == "prefix" and checkpointing is not None:
@@ -229,7 +236,7 @@ def plan(
     job = Job(
         optimizer, dtype, batch, sequence, checkpointing, attention, device,
         1 if sharding == "none" else devices, units, offload, tuple(options.items()), adapter,
-        _of_adapter(adapter, lora_rank, lora_dropout, lora_targets, prefix_tokens),
+        tuple(of_adapter.items()),
     )  # fmt: skip
     summary = predict(config, job, progress)
     most = {}
@@ -244,12 +251,6 @@ def plan(
     name = model if isinstance(model, str) else getattr(config, "model_type", "model")
     more = {"text_alone": shapes.is_multimodal(config), **most}
     return Plan(str(name), job, parameters(config), summary, memory, **more)
-
-
-def _of_adapter(adapter, lora_rank, lora_dropout, lora_targets, prefix_tokens):
-    lora = {"lora_rank": lora_rank, "lora_dropout": lora_dropout, "lora_targets": lora_targets}
-    of = {None: {}, "prefix": {"prefix_tokens": prefix_tokens}}
-    return tuple(of.get(adapter, lora).items())
 
 
 def _one_of(name, value, known):
