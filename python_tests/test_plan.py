@@ -475,6 +475,12 @@ def test_a_model_id_is_looked_up_on_the_hub(tmp_path):
             ["--adapter", "lora+lomo", "--optimizer", "sgd"],
             "optimizer must be one of lomo, ada",
         ),
+        (
+            ["--optimizer", "adamw", "--strategy", "two_backward"],
+            "strategy of adamw must be one of auto, got 'two_backward'",
+        ),
+        (["--optimizer", "sgd", "--rounding", "split"], "rounding of sgd must be one of"),
+        (["--adapter", "lora", "--rounding", "split"], "rounding of adamw must be"),
         (["--adapter", "lora", "--devices", 2], "adapter must be None with sharding 'fsdp2', got"),
         (["--adapter", "prefix", "--checkpointing"], "checkpointing must be None with a prefix"),
         (["--adapter", "lora", "--lora-dropout", 1], "lora_dropout must be at least 0 and below 1"),

@@ -25,6 +25,11 @@ def one_ends(world):
     dist.barrier()
 
 
+def one_aborts(world):
+    if dist.get_rank() == 1:
+        os.abort()
+
+
 def all_wait(world):
     time.sleep(60)
 
@@ -48,10 +53,11 @@ def test_processes_stay_alive_and_are_as_many_as_asked_for():
     [
         (one_fails, r"rank 1 of 2:[^$]*ArithmeticError: of rank one"),
         (one_ends, r"rank [01] of 2:"),
+        (one_aborts, r"rank 1 of 2:\nits process has ended, exit code -6"),
         (all_wait, r"ranks \[0, 1\] did not end within"),
         (one_warns, r"rank 0 of 2:[^$]*UserWarning"),
     ],
-    ids=["one fails", "one ends", "all wait", "one warns"],
+    ids=["one fails", "one ends", "one aborts", "all wait", "one warns"],
 )
 def test_a_failure_is_told_and_the_next_test_has_other_processes(monkeypatch, function, told):
     before = ranks.run(2, whoami)

@@ -160,7 +160,8 @@ def plan(
             AdamW beside them; in float32 (docs/adapters.md).
         lora_rank, lora_dropout, lora_targets, prefix_tokens: of an adapter, as in
             `finetune.Settings`.
-        clip_grad_norm, strategy, rounding: of lomo and adalomo, as in `Lomo`.
+        clip_grad_norm, strategy, rounding: of lomo and adalomo, as in `Lomo`. torch's optimizers
+            have no strategies and round to nearest; clipping changes nothing of their memory.
         dtype: of the parameters: "float32", "bfloat16", "float16".
         batch, sequence: sequences of a step on each device, and tokens of each, without padding;
             a decoder beside an encoder has as many.
@@ -209,6 +210,9 @@ def plan(
         raise ValueError(f"sharding {sharding!r} needs devices of at least 2, got 1")
     if sharding == "zero3" and optimizer in RELEASING:
         raise ValueError(f"{optimizer} trains no parameters of DeepSpeed: take sharding 'fsdp2'")
+    if optimizer not in RELEASING:  # torch's, which round to nearest
+        _one_of(f"strategy of {optimizer}", strategy, ("auto",))
+        _one_of(f"rounding of {optimizer}", rounding, ("auto", "nearest"))
     for name, value, default in (("units", units, "layer"), ("offload", offload, None)):
         if sharding == "none" and value != default:
             raise ValueError(f"{name} {value!r} needs sharding 'fsdp2', got 'none'")

@@ -10,6 +10,7 @@ the assertion shows the text of the rank that failed first.
 """
 
 import datetime
+import faulthandler
 import functools
 import gc
 import importlib
@@ -100,7 +101,9 @@ class Pool:
                 try:
                     kind, value = pipe.recv()
                 except EOFError:
-                    kind, value = "failed", "its process has ended"
+                    self._processes[rank].join(GRACE)
+                    code = self._processes[rank].exitcode
+                    kind, value = "failed", f"its process has ended, exit code {code}"
                 results[rank] = value
                 if rank == leaver:
                     self._processes[rank].kill()
@@ -133,6 +136,7 @@ def _serve(rank, world, folder, pipe):
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank),
         MASTER_ADDR="127.0.0.1", MASTER_PORT="0",
     )  # fmt: skip
+    faulthandler.enable()  # what ends the process shows where it was, in pytest's captured output
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world,
