@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import warnings
 from pathlib import Path
 
@@ -390,8 +391,15 @@ ON_CPU = pytest.mark.skipif(
 )
 
 
+DISTRIBUTED = getattr(getattr(transformers, "distributed", None), "DistributedConfig", None)
+BOTH = pytest.mark.skipif(
+    not hasattr(DISTRIBUTED, "dp_size"),
+    reason="this transformers has no tensor parallelism beside FSDP2",
+)
+
+
 @ON_CPU
-@pytest.mark.parametrize(("world", "model"), [(2, "tied"), (4, "untied")])
+@pytest.mark.parametrize(("world", "model"), [(2, "tied"), pytest.param(4, "untied", marks=BOTH)])
 def test_ranks_may_share_matrices(job_folder, tmp_path, world, model):
     """Two ranks have transformers' tensor parallelism alone, four FSDP2 besides; each goes on in
     one process."""
@@ -437,6 +445,7 @@ def test_settings_that_cannot_be(options, message):
 
 
 @ON_CPU
+@BOTH
 def test_a_tied_head_is_refused_beside_tensor_parallelism_and_fsdp2(job_folder, tmp_path):
     ranks.run(4, _refused_tied, folder=job_folder)
 
@@ -444,3 +453,14 @@ def test_a_tied_head_is_refused_beside_tensor_parallelism_and_fsdp2(job_folder, 
 def _refused_tied(world, folder):
     with pytest.raises(ModelError, match="embedding is its head, too"):
         run(folder, None, tensor_parallel=2)
+
+
+@ON_CPU
+def test_a_transformers_without_both_is_refused(monkeypatch, job_folder):
+    """It would leave FSDP2 out without a word; nothing is loaded."""
+    other = type("DistributedConfig", (types.SimpleNamespace,), {})
+    monkeypatch.setattr(transformers.distributed, "DistributedConfig", other)
+    with pytest.raises(ModelError, match="has tensor parallelism or FSDP2, not both: pip install"):
+        weights.load_parallel(
+            str(job_folder / "untied"), torch.float32, False, ranks=4, tensor_parallel=2
+        )

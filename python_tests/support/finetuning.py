@@ -30,8 +30,10 @@ def make_tiny(folder):
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=len(fast), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+        # even, as models pad theirs: two ranks share the head
+        vocab_size=len(fast) + len(fast) % 2, hidden_size=32, intermediate_size=64,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=256,
         eos_token_id=0, tie_word_embeddings=True,
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
