@@ -12,6 +12,8 @@ from torch import nn
 
 from lomo_kernels import AdaLomo, Lomo, LossScale
 from lomo_kernels.ops import product_sumsq
+from lomo_kernels.optim.gradient import Factors
+from lomo_kernels.optim.waiting import Waiting
 
 LR = 0.3
 FP32 = 1e-6  # see test_lomo.py
@@ -290,6 +292,25 @@ def test_the_three_largest_gradients_and_whole_storages():
     x = torch.randn(100, 64)
     optimizer.backward(layer(x[:8]).square().sum())  # all of x stays
     assert optimizer.last_waiting_bytes == x.nbytes + 8 * 64 * 4
+
+
+def test_the_bytes_that_wait_are_counted_through_every_change():
+    """By which a budget is kept: factors, the gradient that takes their place, and what is gone."""
+    waiting, (weight, other) = Waiting(), (nn.Parameter(torch.ones(8, 6)) for _ in range(2))
+    product = Factors.of(torch.ones(1, 8), torch.ones(1, 6))
+    for count in (1, 2, 3):  # of 56 bytes each; the gradient has 192
+        assert waiting.add_factors(weight, product)
+        assert waiting.nbytes == waiting[id(weight)].nbytes == 56 * count
+    assert not waiting.add_factors(weight, product)  # not smaller any more
+    assert waiting[id(weight)].dense.tolist() == [[3.0] * 6] * 8
+    assert waiting.nbytes == waiting[id(weight)].nbytes == 192
+    waiting.add(weight, torch.ones(8, 6))
+    waiting.add(other, torch.ones(8, 6))
+    assert waiting.nbytes == 2 * 192
+    assert waiting.add_factors(other, product) is False
+    waiting.drop(weight)
+    assert waiting.drop(weight) is None
+    assert waiting.nbytes == 192
 
 
 def test_figures_of_a_strategy_that_does_not_fit():

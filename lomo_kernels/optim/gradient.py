@@ -125,6 +125,16 @@ class Gradient:
 
     def __init__(self, param, dense=None, factors=()):
         self.param, self.dense, self.factors = param, dense, list(factors)
+        self._factor_bytes = sum(f.nbytes for f in factors)  # a loop over experts adds one by one
+
+    def keep(self, factors):
+        """Adds a product."""
+        self.factors.append(factors)
+        self._factor_bytes += factors.nbytes
+
+    def form(self):
+        """Makes a tensor of the factors."""
+        self.dense, self.factors, self._factor_bytes = self.whole(self.param.dtype), [], 0
 
     def add(self, dense):
         """Adds a tensor, in place as autograd does."""
@@ -142,7 +152,7 @@ class Gradient:
 
     @property
     def nbytes(self):
-        return sum(tensor.nbytes for tensor in self.tensors)
+        return self._factor_bytes + (0 if self.dense is None else self.dense.nbytes)
 
     @property
     def device(self):

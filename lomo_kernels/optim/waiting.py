@@ -40,12 +40,12 @@ class Waiting(dict):
         before = 0 if gradient is None else gradient.nbytes
         if not factors_are_smaller(before + factors.nbytes, param.nbytes):
             if gradient is not None:
-                gradient.dense, gradient.factors = gradient.whole(param.dtype), []
+                gradient.form()
                 self.nbytes += gradient.nbytes - before
             return False
         if factors.copies is not None:
             factors = Factors.of(*factors.copies())
-        self.setdefault(id(param), Gradient(param)).factors.append(factors)
+        self.setdefault(id(param), Gradient(param)).keep(factors)
         self.nbytes += factors.nbytes
         return True
 
