@@ -110,7 +110,7 @@ def chosen(largest):
     square, large = known[(4096, 4096)], known[(22016, 8192)]
     fitting = [case for case in known.values() if case.numel <= largest]
     if large not in fitting:
-        large = max(fitting, key=lambda case: case.numel)
+        large = max((case for case in fitting if case != square), key=lambda case: case.numel)
     return square, large, [case for case in fitting if case not in (square, large)]
 
 

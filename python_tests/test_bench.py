@@ -251,8 +251,16 @@ def test_what_a_product_must_move_and_multiply():
     assert set(rows[0]) <= set(suite.FIELDS)
 
 
+@pytest.mark.parametrize("largest", [2**12, 17_000_000, 20_000_000, 2**28])
+def test_no_job_has_the_name_of_another(largest):
+    """Its rows would take their place. The large case is the square one where that is the largest
+    that fits, and then another takes its part."""
+    names = [job.name for job in suite.chosen(bench.JOBS, CPU._replace(largest=largest))]
+    assert len(names) == len(set(names)) > 20
+
+
 def test_bytes_that_must_move():
-    """DESIGN's counts for 16-bit tensors: 6, with a split master 10, with the norm 8; 2; 10."""
+    """Of 16-bit tensors, an element: 6, with a split master 10, with the norm 8; 2; 10."""
     n = CASE.numel
     found = {r.options: r.bytes / n for r in bench_lomo_update.rivals(CASE, CPU)}
     assert (found["plain"], found["all"], found["all, split"], found["with norm"]) == (6, 6, 10, 8)

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.__main__ import JOBS
 from lomo_kernels import ops
-from lomo_kernels.ops import native, reference, triton
+from lomo_kernels.ops import fake, native, reference, triton
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lomo_kernels"
@@ -118,8 +119,13 @@ def test_the_files_of_an_operation_have_its_name(name, contract):
     missing |= {f"csrc/{name}.cuh"} if product else set()
     assert {file for file in files if not (ROOT / file).exists()} == missing
     assert (ROOT / f"python_tests/test_{contract.__name__.removesuffix('_')}.py").exists()
-    columns = (triton,) if product else (triton, native, reference)
+    columns = (triton,) if product else (triton, native, reference, fake)
     assert all(callable(getattr(column, contract.__name__)) for column in columns)
+
+
+def test_every_bench_of_an_operation_is_run():
+    benches = {name for name in ops.OPERATIONS if (ROOT / f"bench/bench_{name}.py").exists()}
+    assert {job.__module__ for job in JOBS} >= {f"bench.bench_{name}" for name in benches}
 
 
 def test_every_kernel_belongs_to_an_operation():

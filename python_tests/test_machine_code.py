@@ -19,8 +19,8 @@ from lomo_kernels.ops import native
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
-# A fused multiply-add (but not FMUL, FADD), flushing of subnormals, access to local memory.
 SCALARS = ("decide", "product_sums")  # kernels that read and write nothing else
+# A fused multiply-add (but not FMUL, FADD), flushing of subnormals, access to local memory.
 FORBIDDEN = re.compile(r"FFMA|DFMA|HFMA2\.BF16|.*\.FTZ|LDL|STL")
 # Above 96 registers fewer than 20 warps fit on a multiprocessor: too few loads in flight.
 MAX_REGISTERS = 96

@@ -282,6 +282,22 @@ def test_every_figure_of_explain():
     assert optimizer.last_waiting_bytes == 4 * 2**20 + 384 * 8
 
 
+@pytest.mark.parametrize("way", ["pairs", "groups"])
+def test_names_that_came_with_the_parameters(way):
+    """As torch's optimizers take them: `model.named_parameters()`."""
+    model = Known()
+    named = list(model.named_parameters())
+    given = named if way == "pairs" else [{"params": named[:1]}, {"params": named[1:], "lr": 0.5}]
+    optimizer = Lomo(given, lr=LR, clip_grad_norm=1.0, strategy="one_backward")
+    optimizer.backward(model.loss())
+    assert "largest gradients held: table\n" in optimizer.explain()
+    assert [optimizer.name_of(p) for p in model.parameters()] == [name for name, _ in named]
+    with pytest.raises(TypeError, match="halves must be one of"):
+        optimizer.add_param_group({"params": [("halves", nn.Parameter(torch.ones(2).cfloat()))]})
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.name_of(named[0][1]) == named[0][0]
+
+
 def test_the_three_largest_gradients_and_whole_storages():
     vectors = [nn.Parameter(torch.ones(n)) for n in (1, 3, 2, 5)]
     optimizer = Lomo(nn.ParameterList(vectors), lr=LR, clip_grad_norm=1.0)

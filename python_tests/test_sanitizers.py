@@ -1,11 +1,14 @@
 """The C++ loops and the CUDA kernel bodies under AddressSanitizer and UBSan."""
 
 import os
+import re
 import subprocess
 import sys
 
 import cuda_on_cpu
 import pytest
+
+from lomo_kernels import _C
 
 pytestmark = pytest.mark.slow
 
@@ -31,6 +34,13 @@ def run(*arguments):
         [sys.executable, cuda_on_cpu.HERE / "sanitized.py", library, *arguments],
         capture_output=True, text=True, env=environment,
     )  # fmt: skip
+
+
+def test_every_entry_point_is_run():
+    text = (cuda_on_cpu.HERE / "sanitized.py").read_text()
+    names = [f"{place}_{name}" for name in _C.arguments for place in ("cpu", "cuda")]
+    assert "cuda_lomo_update" in names
+    assert [name for name in names if not re.search(rf"\bC\.{name}\b", text)] == []
 
 
 def test_no_bad_access_and_no_undefined_behaviour():

@@ -127,10 +127,11 @@ def _keys_and_values(model, ids):
 
 
 def divided(model):
-    """-> (parameters of the model itself, those of its LoRA)."""
+    """-> (parameters of the model itself, those of its LoRA), with their names, as optimizers take
+    them."""
     own, beside = [], []
     for name, param in model.named_parameters():
-        (beside if "lora_" in name else own).append(param)
+        (beside if "lora_" in name else own).append((name, param))
     return own, beside
 
 

@@ -28,8 +28,9 @@ class AdaLomo(FusedOptimizer):
     weights. Driven like `Lomo`, in the same three ways.
 
     Args:
-        model_or_params: a module, parameters, or param groups (each with its own lr, weight_decay,
-            clip_grad_value, rounding, eps, clip_threshold, decay_rate). Tensors of any rank.
+        model_or_params: a module, parameters, pairs of a name and a parameter, or param groups
+            (each with its own lr, weight_decay, clip_grad_value, rounding, eps, clip_threshold,
+            decay_rate). Tensors of any rank.
         lr: learning rate, relative to the root mean square of each parameter.
         loss_scale: the factor by which `backward`, `fused_backward`, `grad_norm` and `scale`
             multiply the loss, and the updates divide; a bare `loss.backward()` is neither

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 from .loss_scale import LossScale
 
-Trained: TypeAlias = nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]]
+Trained: TypeAlias = (
+    nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+)
 Norm: TypeAlias = Literal["global", "tensor"]
 Strategy: TypeAlias = Literal["auto", "one_backward", "two_backward", "partial", "immediate"]
 Rounding: TypeAlias = Literal["auto", "nearest", "stochastic", "split"]

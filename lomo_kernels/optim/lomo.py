@@ -25,8 +25,9 @@ class Lomo(FusedOptimizer):
         opt.backward(loss)                                   # what the configuration needs
 
     Args:
-        model_or_params: a module, parameters, or param groups (each with its own lr, weight_decay,
-            clip_grad_value, rounding). Frozen parameters are taken up when they are unfrozen.
+        model_or_params: a module, parameters, pairs of a name and a parameter, or param groups
+            (each with its own lr, weight_decay, clip_grad_value, rounding). Frozen parameters are
+            taken up when they are unfrozen.
         lr: learning rate.
         clip_grad_norm: largest norm; the coefficient is min(1, clip_grad_norm / (norm + 1e-6)), of
             the gradients after unscaling and before clipping by value. Paper, section 3.3.

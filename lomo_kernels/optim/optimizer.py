@@ -129,6 +129,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise RuntimeError(notices.JOINS_LATE)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        self._names |= zip(map(id, group["params"]), group.get("param_names", ()))
         try:
             self._check_group(group)
         except (TypeError, ValueError, RuntimeError):

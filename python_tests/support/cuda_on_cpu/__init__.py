@@ -58,7 +58,7 @@ def load(path):
 
 @functools.cache
 def module():
-    """The Python module: cuda_lomo_update, cuda_grad_sumsq and cuda_decide on CPU memory."""
+    """The Python module, whose functions cuda_* work on CPU memory."""
     return load(build())
 
 
