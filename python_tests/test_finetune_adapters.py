@@ -385,6 +385,7 @@ def test_a_dry_run_plans_the_adapter(tiny, questions, capsys):
         (["--adapter", "lora", "--adapter-lr", "1"], "adapter_lr must be left out without adapter"),
         (["--compare", "prefix", "--checkpointing"], "checkpointing must be left out with adapter"),
         (["--adapter", "lora", "--offload"], "offload must be left out with an adapter"),
+        (["--adapter", "lora", "--units", "fine"], "units must be left out with an adapter"),
         (["--adapter", "lora", "--sharding", "fsdp2"], "sharding must be left out with an adapter"),
     ],
     ids=lambda value: None,

@@ -451,6 +451,7 @@ def test_a_dry_run_plans_what_each_process_has(tiny, questions, no_model, monkey
     half, _ = planned()
     assert (half.job.batch, half.job.shards) == (2, 2)
     assert half.maxima["gradients"] < alone.maxima["gradients"]
+    assert planned(units="fine")[0].job.units == "fine"
     _, shown = planned(tensor_parallel=2)
     assert "the plan is without tensor_parallel" in shown
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("rich", reason="rich is not installed")
@@ -114,6 +115,7 @@ CASES = {
     "accumulated": {"batch_size": 3, "gradient_accumulation": 2},
     "validated": {"eval_every": 2},
     "offload": {"offload": True},
+    "fine units": {"units": "fine", "checkpointing": True},
     "untied": {"model": "untied", "strategy": "partial"},
     "adalomo": {"optimizer": "adalomo", "lr": 1e-3},
     "sgd": {"optimizer": "sgd"},
@@ -124,7 +126,8 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_train_as_one_process(job_folder, tmp_path, name):
     options = CASES[name]
-    alone = run(job_folder, tmp_path / "one", **{**options, "offload": False})
+    one = {key: value for key, value in options.items() if key not in ("offload", "units")}
+    alone = run(job_folder, tmp_path / "one", **one)
     both = in_ranks(2, job_folder, tmp_path / "two", **options)
     before = load_file(job_folder / options.get("model", "tied") / "model.safetensors")
     check_close(weights_of(tmp_path / "two"), weights_of(tmp_path / "one"), before)
@@ -142,7 +145,34 @@ def test_two_ranks_train_as_one_process(job_folder, tmp_path, name):
     )
 
 
-@pytest.mark.parametrize("option", [["--sharding", "fsdp2"], ["--offload"]], ids=" ".join)
+def _cut(world, arguments, units):
+    """Into what the model was."""
+    real = weights.shard
+
+    def shard(model, mesh, **options):
+        assert options == {"units": units, "offload": False}
+        found.append(real(model, mesh, **options))
+        return found[0]
+
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights, "shard", shard)
+        run(*arguments, units=units)
+    return sum(isinstance(part, FSDPModule) for part in found[0].modules())
+
+
+def test_units_of_two_ranks(job_folder, tmp_path):
+    """The model and its two layers; or the model, and attention and MLP of each layer."""
+    for units, count in (("layer", 1 + 2), ("fine", 1 + 2 * 2)):
+        arguments = job_folder, tmp_path / units
+        assert ranks.run(2, _cut, arguments=arguments, units=units) == [count, count]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [["--sharding", "fsdp2"], ["--offload"], ["--offload", "--units", "fine"]],
+    ids=" ".join,
+)
 def test_one_process_may_be_sharded_too(job_folder, tmp_path, option):
     run(job_folder, tmp_path / "plain", steps=4)
     options = [
@@ -310,7 +340,7 @@ def test_after_kill_9_of_one_rank_the_same_command_goes_on(job_folder, tmp_path)
     printed, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert f"going on after step {step} of 40" in printed
-    assert printed.count("the fine-tuned model is in") == 1
+    assert printed.count("model is in ") == 1
     in_ranks(2, job_folder, tmp_path / "whole", **options)
     check_same(weights_of(tmp_path / "cut"), weights_of(tmp_path / "whole"))
 
@@ -423,6 +453,8 @@ def test_ranks_may_share_matrices(job_folder, tmp_path, world, model):
         (2, {"sharding": "none"}, "sharding 'none' is for one process, and there are 2"),
         (2, {"tensor_parallel": 3}, "tensor_parallel must divide the 2 processes, got 3"),
         (2, {"tensor_parallel": 2, "offload": True}, "offload goes with FSDP2 alone"),
+        (2, {"tensor_parallel": 2, "units": "fine"}, "units 'fine' is of FSDP2: it needs several"),
+        (1, {"units": "fine"}, "units 'fine' is of FSDP2: it needs several processes, or shard"),
     ],
 )
 def test_settings_that_do_not_go_with_the_processes(monkeypatch, size, options, message):
@@ -436,6 +468,7 @@ def test_settings_that_do_not_go_with_the_processes(monkeypatch, size, options, 
     [
         ({"sharding": "zero3"}, "sharding must be one of"),
         ({"sharding": "none", "offload": True}, "sharding must be fsdp2 with offload"),
+        ({"units": "coarse"}, "units must be one of layer, fine, got 'coarse'"),
         ({"tensor_parallel": 0}, "tensor_parallel must be a whole number above 0, got 0"),
     ],
 )

@@ -41,7 +41,8 @@ def dry_run(settings: Settings, display: Display) -> memory.Plan:
         batch=-(-settings.batch_size // processes), sequence=max(sizes),
         checkpointing="non_reentrant" if settings.checkpointing else None,
         device="cpu" if settings.device == "cpu" and not settings.offload else "cuda",
-        devices=processes, sharding=settings.sharding, offload="cpu" if settings.offload else None,
+        devices=processes, sharding=settings.sharding, units=settings.units,
+        offload="cpu" if settings.offload else None,
     )  # fmt: skip
     size = memory.report.size
     kinds = ", ".join(f"{name} {size(count)}" for name, count in plan.maxima.items())

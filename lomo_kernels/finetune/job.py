@@ -115,8 +115,9 @@ def _load(settings, team, examples):
         model = adapters.added(settings, weights.load_model(*load), examples)
         return model.to(team.device).train()
     mesh = torch.distributed.init_device_mesh(torch.device(team.device).type, (team.size,))
+    cut = {"units": settings.units, "offload": settings.offload}
     if team.size == 1:
-        return shard(weights.load_model(*load), mesh, offload=settings.offload).train()
+        return shard(weights.load_model(*load), mesh, **cut).train()
     model = None
 
     def load_first():
@@ -124,9 +125,7 @@ def _load(settings, team, examples):
         model = weights.load_model(*load)
 
     team.first(load_first)
-    return weights.spread(
-        model, team, mesh, checkpointing=settings.checkpointing, offload=settings.offload
-    ).train()
+    return weights.spread(model, team, mesh, checkpointing=settings.checkpointing, **cut).train()
 
 
 def variants(settings: Settings, names: Iterable[str]) -> list[Settings]:

@@ -137,6 +137,11 @@ def _check(settings, size):
         )
     if settings.offload and parallel > 1:
         raise ValueError("offload goes with FSDP2 alone: leave out tensor_parallel")
+    if settings.units != "layer" and (parallel > 1 or (size == 1 and not settings.is_sharded)):
+        raise ValueError(
+            f"units {settings.units!r} is of FSDP2: it needs several processes, or sharding "
+            "'fsdp2', or offload, and no tensor_parallel"
+        )
     if size == 1:
         return
     if settings.adapter is not None:

@@ -14,6 +14,7 @@ import torch
 from .. import optim
 from ..integrations import weights
 from ..integrations.peft import ADAPTERS, ALONE
+from ..integrations.sharding import UNITS
 from ..optim.arguments import STRATEGIES
 from .scoring import RULES
 from .superglue import TASKS
@@ -35,7 +36,7 @@ OURS_ALONE = {  # option -> what torch's optimizers do of it
 DEFAULT_STEPS = 32  # on the default data: about five minutes on two CPU cores
 SCHEDULES = ("linear", "cosine", "constant")
 SHARDINGS = ("none", "fsdp2")
-PLACEMENT = ("sharding", "offload", "tensor_parallel")  # how processes share one model
+PLACEMENT = ("sharding", "units", "offload", "tensor_parallel")  # how processes share one model
 DTYPES = ("float32", "bfloat16", "float16")
 TRUNCATIONS = ("prompt-left", "skip", "error")
 
@@ -144,6 +145,9 @@ class Settings:
     sharding: str | None = _option(
         None, "none or fsdp2: each process has a part of the model; by default fsdp2 for several"
     )
+    units: str = _option(
+        "layer", "what a device gathers of a sharded model at a time: layer, or fine: less memory"
+    )
     offload: bool = _option(
         False, "the model lives in host memory and is updated there; with one process, too"
     )
@@ -186,6 +190,7 @@ class Settings:
         self._check(
             "sharding", lambda how: not (self.offload and how == "none"), "fsdp2 with offload"
         )
+        self._one_of("units", UNITS)
         self._check("length", lambda n: n > 1, "a whole number above 1")
         try:
             torch.empty(0, device=self.device)
@@ -226,7 +231,8 @@ class Settings:
             wanted = "left out with adapter prefix, whose keys and values peft adds in one forward"
             self._check("checkpointing", lambda on: not on, wanted)
         for name, alone in (
-            ("sharding", (None, "none")), ("offload", (False,)), ("tensor_parallel", (1,)),
+            ("sharding", (None, "none")), ("units", ("layer",)), ("offload", (False,)),
+            ("tensor_parallel", (1,)),
         ):  # fmt: skip
             wanted = "left out with an adapter, which one process trains"
             self._check(name, lambda value, alone=alone: value in alone, wanted)

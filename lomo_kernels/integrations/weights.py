@@ -81,7 +81,7 @@ def _loaded(kind, name, **more):
         raise ModelError(f"cannot load the model {name!r}: {short(error)}") from error
 
 
-def spread(model, group, mesh, *, checkpointing=False, offload=False):
+def spread(model, group, mesh, *, checkpointing=False, units="layer", offload=False):
     """The model of the first rank, in parts on all of them (FSDP2).
 
     Not from_pretrained(distributed_config=...), which reads each part where it belongs: it makes
@@ -92,7 +92,7 @@ def spread(model, group, mesh, *, checkpointing=False, offload=False):
         group: with `first(function)`, which gives all ranks the result of the first.
         mesh: a DeviceMesh of one dimension.
         checkpointing: as of `load`.
-        offload: as of `shard`.
+        units, offload: as of `shard`.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
@@ -102,7 +102,7 @@ def spread(model, group, mesh, *, checkpointing=False, offload=False):
     with torch.device("meta"):
         parts = from_config(config, dtype, "non_reentrant" if checkpointing else None)
     parts.generation_config = generation
-    shard(parts, mesh, offload=offload)
+    shard(parts, mesh, units=units, offload=offload)
     parts.to_empty(device="cpu" if offload else mesh.device_type)
     for name, buffer in parts.named_buffers():
         buffer.copy_(buffers[name])
