@@ -447,7 +447,14 @@ def test_a_dry_run_plans_what_each_process_has(tiny, questions, no_model, monkey
     size = memory_report.size(offloaded.host_peak)
     assert f"host memory of each process: {size}" in shown
     assert offloaded.host_peak >= alone.maxima["parameters"]
+    sharded, shown = planned(sharding="fsdp2", units="fine")
+    assert "the plan is without sharding" in shown
+    assert sharded.maxima == alone.maxima
+    with pytest.raises(ValueError, match="units 'fine' is of FSDP2"):
+        planned(units="fine")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="sharding 'none' is for one process"):
+        planned(sharding="none")
     half, _ = planned()
     assert (half.job.batch, half.job.shards) == (2, 2)
     assert half.maxima["gradients"] < alone.maxima["gradients"]

@@ -4,7 +4,7 @@ import os
 
 from .. import memory
 from ..integrations import weights
-from . import adapters, data, stepping
+from . import adapters, data, ranks, stepping
 from .display import Display
 from .job import steps_of
 from .settings import Settings
@@ -16,6 +16,8 @@ def dry_run(settings: Settings, display: Display) -> memory.Plan:
     Returns:
         The memory.Plan of one backward of the longest examples.
     """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    ranks.check(settings, world)
     stepping.check(settings)
     adapters.check(settings)
     parts = data.read(settings)
@@ -31,7 +33,11 @@ def dry_run(settings: Settings, display: Display) -> memory.Plan:
         f"{steps} steps of {together} examples, {per_epoch} a pass; {sum(sizes):,} tokens a pass, "
         f"{trained:,} of them trained; the longest example has {max(sizes):,}"
     )
-    processes = int(os.environ.get("WORLD_SIZE", 1)) // settings.tensor_parallel
+    processes = world // settings.tensor_parallel
+    cut = {"sharding": settings.sharding, "units": settings.units}
+    if settings.is_sharded and world == 1 and not settings.offload:
+        cut = {}
+        display.say("the plan is without sharding, for which one process gathers a unit at a time")
     clips = settings.clip_grad_norm if settings.norm == "global" else None
     plan = memory.plan(
         weights.load_config(settings.model),
@@ -41,8 +47,7 @@ def dry_run(settings: Settings, display: Display) -> memory.Plan:
         batch=-(-settings.batch_size // processes), sequence=max(sizes),
         checkpointing="non_reentrant" if settings.checkpointing else None,
         device="cpu" if settings.device == "cpu" and not settings.offload else "cuda",
-        devices=processes, sharding=settings.sharding, units=settings.units,
-        offload="cpu" if settings.offload else None,
+        devices=processes, **cut, offload="cpu" if settings.offload else None,
     )  # fmt: skip
     size = memory.report.size
     kinds = ", ".join(f"{name} {size(count)}" for name, count in plan.maxima.items())

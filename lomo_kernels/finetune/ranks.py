@@ -99,7 +99,7 @@ def joined(settings):
     dist = torch.distributed
     begun = dist.is_available() and dist.is_initialized()
     size = dist.get_world_size() if begun else int(os.environ.get("WORLD_SIZE", 1))
-    _check(settings, size)
+    check(settings, size)
     device, alone = settings.device, False
     if size > 1 and device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -126,7 +126,8 @@ def _leave():
         torch.distributed.destroy_process_group()
 
 
-def _check(settings, size):
+def check(settings, size):
+    """Raises ValueError: the settings do not go with so many processes."""
     parallel = settings.tensor_parallel
     if size % parallel:
         raise ValueError(f"tensor_parallel must divide the {size} processes, got {parallel}")
