@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 import warnings
@@ -27,7 +28,7 @@ from safetensors.torch import load_file  # noqa: E402
 from lomo_kernels import cli, finetune  # noqa: E402
 from lomo_kernels.finetune import checkpoint, job, stepping  # noqa: E402
 from lomo_kernels.finetune.examples import Example, batch_of  # noqa: E402
-from lomo_kernels.finetune.ranks import Ranks, joined  # noqa: E402
+from lomo_kernels.finetune.ranks import Ranks, Watch, joined  # noqa: E402
 from lomo_kernels.integrations import weights  # noqa: E402
 from lomo_kernels.integrations.common import ModelError  # noqa: E402
 
@@ -442,6 +443,30 @@ def test_ranks_may_share_matrices(job_folder, tmp_path, world, model):
     before = load_file(job_folder / model / "model.safetensors")
     check_close(weights_of(tmp_path / "many"), weights_of(tmp_path / "one"), before)
     check_close(weights_of(tmp_path / "cut"), weights_of(tmp_path / "one"), before)
+
+
+def test_nothing_looks_for_failures_of_others_at_the_end_of_a_run(monkeypatch):
+    """In C++ when the interpreter ends, such a thread would abort the process."""
+    looks = []
+
+    class Store:
+        def __init__(self, *address, **options):
+            pass
+
+        def check(self, keys):
+            looks.append(keys)
+            time.sleep(0.2)
+            return False
+
+    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "nowhere", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, "TCPStore", Store)
+    monkeypatch.setattr(Watch, "PERIOD", 0.01)
+    before = set(threading.enumerate())
+    with Watch():
+        while not looks:
+            time.sleep(0.01)
+    assert set(threading.enumerate()) <= before
 
 
 # -- refused ---------------------------------------------------------------------------------------
