@@ -49,7 +49,7 @@ def test_a_text_is_learned(tiny, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_questions_are_learned(tiny, questions, tmp_path):
-    assert run("--model", tiny, "--train", questions, "--out", tmp_path / "out", "--epochs", 30,
+    assert run("--model", tiny, "--train", questions, "--out", tmp_path / "out", "--epochs", 20,
                "--batch-size", 8, "--lr", 0.5) == 0  # fmt: skip
     record = result(tmp_path / "out")
     assert record["before"]["name"] == "accuracy"

@@ -15,8 +15,9 @@ from lomo_kernels.integrations import weights  # noqa: E402
 ANSWERS = (" red", " green", " very blue")
 
 
-def make_tiny(folder):
-    """A Llama of 40 thousand parameters and a byte-level tokenizer, as Hugging Face saves them."""
+def make_tiny(folder, multiple=1):
+    """A Llama of 40 thousand parameters and a byte-level tokenizer, as Hugging Face saves them. The
+    vocabulary is filled up to a multiple, as models pad theirs."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -30,8 +31,7 @@ def make_tiny(folder):
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        # even, as models pad theirs: two ranks share the head
-        vocab_size=len(fast) + len(fast) % 2, hidden_size=32, intermediate_size=64,
+        vocab_size=-(-len(fast) // multiple) * multiple, hidden_size=32, intermediate_size=64,
         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=256,
         eos_token_id=0, tie_word_embeddings=True,
