@@ -143,7 +143,7 @@ def table():
             if row["method"] in UNTRAINED and row["part"] == "test" and row["data"] in tests
             and (row["model"], row["dtype"]) == (group.model, group.dtype)
         ]  # fmt: skip
-        parts.append(section(group, members, untrained))
+        parts.append(("\n" if parts else "") + section(group, members, untrained))
         shown.add(group.task)
         if missing := [name for name in METHODS if name not in values]:
             parts.append(f"- Not run: {', '.join(missing)}.\n")

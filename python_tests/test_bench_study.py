@@ -378,6 +378,9 @@ def test_the_tables_say_what_the_rows_allow(arguments, tiny, monkeypatch):
     assert "Tasks without rows: boolq, cb, " in page
     monkeypatch.setattr(record, "read", lambda name: rows[:-1])
     assert "40 questions in the test part, 1 seeds" in study_table.table()
+    others = [row | {"task": "copa"} for row in rows]
+    monkeypatch.setattr(record, "read", lambda name: rows + others)
+    assert "prefix.\n\n**copa**: " in study_table.table()  # no line of the list before it
 
 
 def test_every_option_has_a_line_in_the_page_and_a_test():

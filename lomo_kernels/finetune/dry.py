@@ -35,9 +35,9 @@ def dry_run(settings: Settings, display: Display) -> memory.Plan:
     )
     processes = world // settings.tensor_parallel
     cut = {"sharding": settings.sharding, "units": settings.units}
-    if settings.is_sharded and world == 1 and not settings.offload:
+    if world == 1 and settings.sharding == "fsdp2" and not settings.offload:
         cut = {}
-        display.say("the plan is without sharding, for which one process gathers a unit at a time")
+        display.say("the plan is without sharding: one process gathers a unit at a time besides")
     clips = settings.clip_grad_norm if settings.norm == "global" else None
     plan = memory.plan(
         weights.load_config(settings.model),

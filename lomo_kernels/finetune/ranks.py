@@ -14,8 +14,7 @@ from .signals import StoppedError
 # The first rank writes the model alone while the others wait; that a process has ended is noticed
 # sooner, and otherwise.
 _TIMEOUT = datetime.timedelta(hours=2)
-# Seconds. With gloo's threads starved, 15 of 50 processes were aborted without it, with it none.
-_LET_GO = 0.2
+_LET_GO = 0.2  # seconds in which gloo's threads free the last message
 
 
 class Ranks:
@@ -200,10 +199,11 @@ class Watch:
         return self
 
     def __exit__(self, kind, error, trace):
+        if not self._several:
+            return
         self._over.set()
-        if self._several:
-            self._thread.join(5)  # it must not be in the store when the interpreter ends
-        if not self._several or error is None or isinstance(error, StoppedError):
+        self._thread.join(5)  # it must not be in the store when the interpreter ends
+        if error is None or isinstance(error, StoppedError):
             return
         atexit.unregister(_leave)  # the others do not come to the end of the group
         try:

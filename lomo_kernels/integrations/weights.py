@@ -130,7 +130,7 @@ def load_parallel(name, dtype, checkpointing, *, ranks, tensor_parallel):
             f"transformers {transformers.__version__} has no tensor parallelism of this kind: "
             "pip install -U transformers"
         ) from error
-    if config.fsdp_size > 1 and not hasattr(config, "dp_size"):  # and would leave FSDP2 out
+    if config.fsdp_size > 1 and not hasattr(config, "dp_size"):  # FSDP2 is left out
         raise ModelError(
             f"transformers {transformers.__version__} has tensor parallelism or FSDP2, not both: "
             "pip install -U transformers, or make tensor_parallel the number of processes"
